@@ -1,0 +1,329 @@
+"""The algorithm as pure tensor code: advantages, shared-prefix log-probs, objectives.
+
+Sizes: B problems, G responses per problem, P context length (prompt + cached prefix), S suffix length,
+N packed tokens, V vocabulary, R rows (responses) of a batch.
+
+Departures from plain GRPO are marked [RPO-1], [RPO-2] ... where they happen; the README lists them.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+LOGITS_PER_CHUNK = 2**26  # float32 logits held at once, 256 MiB: the [R, S, V] tensor never exists
+
+# What each algorithm sets; every value can be given on the command line, which then wins.
+# token: sum over all sampled tokens of the update / their number (DAPO, arXiv 2503.14476, eq. 8)
+# response: mean over responses of the mean over their tokens (GRPO, arXiv 2402.03300, eq. 3)
+ALGORITHMS: dict[str, dict] = {
+    "grpo": dict(clip_low=0.2, clip_high=0.2, aggregation="response", dynamic_rounds=1),
+    "dapo": dict(clip_low=0.2, clip_high=0.28, aggregation="token", dynamic_rounds=10),
+}
+
+
+def group_advantages(rewards: Sequence[float]) -> list[float]:
+    """(reward - mean) / (std + 1e-6) within one group, std unbiased (GRPO, arXiv 2402.03300, section 4.1).
+
+    All zero when the rewards do not differ.
+    """
+    values = torch.tensor(rewards, dtype=torch.float64)
+    centred = values - values.mean()
+    if len(rewards) < 2 or not centred.abs().max() > 1e-12:
+        return [0.0] * len(rewards)
+    return (centred / (values.std() + 1e-6)).tolist()
+
+
+# ---------------------------------------------------------------------------------------- shared prefix
+
+
+@dataclass
+class Packed:
+    """Token layout of one packed row of N tokens: for each problem its context, then its suffixes one by one.
+
+    A context attends causally to itself; a suffix to its context and causally to itself; nothing crosses
+    problems. So a context is computed once for all its suffixes, with gradient, and there is no padding but
+    the tails of the shorter suffixes of a problem. [RPO-2]
+    """
+
+    spans: list[tuple[int, int, int, int]]  # (start, P, G, S): P context tokens, then G * S suffix tokens
+    keep_kv: bool = False  # for decoding: keep the keys and values of each layer, (1, H_kv, N, D)
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scaling: float) -> torch.Tensor:
+        """query (1, H, N, D), key and value (1, H_kv, N, D) -> (1, N, H, D)."""
+        if self.keep_kv:
+            self.keys.append(key)
+            self.values.append(value)
+        parts = []
+        for start, p, g, s in self.spans:
+            q, k, v = (x[:, :, start:start + p + g * s] for x in (query, key, value))
+            context = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True,
+                                                     scale=scaling, enable_gqa=True)
+            parts.append(context[0].transpose(0, 1))
+            if g * s:
+                parts.append(_attend_suffixes(q, k, v, p, g, s, scaling))
+        return torch.cat(parts).unsqueeze(0)
+
+
+def _attend_suffixes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: int, g: int, s: int,
+                     scaling: float) -> torch.Tensor:
+    """Suffix part of one problem: q (1, H, P + G*S, D), k and v (1, H_kv, P + G*S, D) -> (G*S, H, D)."""
+    def rows(x: torch.Tensor) -> torch.Tensor:  # the suffixes as a batch: (G, heads, S, D)
+        return x[0, :, p:].unflatten(1, (g, s)).transpose(0, 1)
+
+    k_rows, v_rows = (torch.cat([x[:, :, :p].expand(g, -1, -1, -1), rows(x)], dim=2) for x in (k, v))
+    out = F.scaled_dot_product_attention(rows(q), k_rows, v_rows, attn_mask=causal_lower_right(s, p + s),
+                                         scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _shared_prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
+                             value: torch.Tensor, attention_mask: torch.Tensor | None,
+                             scaling: float | None = None, layout=None,
+                             **unused) -> tuple[torch.Tensor, None]:
+    """What transformers calls in every layer: hands over to `layout` (Packed here, Decoder in rollout.py)."""
+    if layout is None:
+        raise ValueError("this model was loaded for shared-prefix attention: call it through hidden_states(); "
+                         "for ordinary use load it with AutoModelForCausalLM.from_pretrained")
+    for option in ("sliding_window", "softcap"):
+        if unused.get(option) is not None:
+            raise ValueError(f"attention with {option} is not supported")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+AttentionInterface.register("shared_prefix", _shared_prefix_attention)
+
+
+def load_policy(folder: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The causal language model in `folder`, set up for shared-prefix attention if its architecture takes it.
+
+    dtype: float32 for a policy that is trained (master weights; AdamW at 1e-6 moves no bfloat16 weight).
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # sampling and training forward must be the same function
+    model.to(device).eval()
+    reason = use_shared_prefix(model)
+    if reason:
+        print(f"note: {type(model).__name__} is sampled and trained the plain, slower way: {reason}")
+    return model
+
+
+def use_shared_prefix(model: PreTrainedModel) -> str:
+    """Switch `model` to shared-prefix attention, unless that is something else than its own plain forward.
+
+    Compares the two once and returns why the model keeps its own attention (sliding windows, soft caps, an attention
+    without that switch); "" where it is switched. `is_shared(model)` tells later.
+    """
+    own = model.config._attn_implementation
+    context, suffixes = [5, 3, 8, 2, 7, 1], [[4, 9, 6, 2], [1, 6, 3, 3]]
+    with torch.no_grad():
+        plain = [model(torch.tensor([context + s], device=model.device)).logits[0, -2] for s in suffixes]
+        try:
+            model.set_attn_implementation("shared_prefix")
+            batch = pack([Item(context, suffixes, [0.0, 0.0], [[], []])], model.device)
+            states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
+            shared = model.get_output_embeddings()(states[batch.index[:, -1]])
+            if torch.allclose(shared, torch.stack(plain), rtol=1e-3, atol=1e-3 * float(plain[0].abs().max())):
+                return ""
+            reason = "its attention is not plain causal attention"
+        except (TypeError, AttributeError, ValueError) as error:
+            reason = str(error)
+    model.set_attn_implementation(own)
+    return reason
+
+
+def is_shared(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation == "shared_prefix"
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                  layout) -> torch.Tensor:
+    """Last hidden states, flat: input_ids and position_ids (rows, T) int64 -> (rows * T, hidden)."""
+    if not is_shared(model):
+        return _plain_states(model, input_ids[0], layout.spans)
+    out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, layout=layout)
+    return out.last_hidden_state.flatten(0, 1)
+
+
+def _plain_states(model: PreTrainedModel, ids: torch.Tensor, spans: list[tuple[int, int, int, int]]) -> torch.Tensor:
+    """The same from whole sequences, context repeated for each suffix: for any architecture. ids (N,)."""
+    rows = [torch.cat([ids[start:start + p], ids[start + p + row * s:start + p + (row + 1) * s]])
+            for start, p, g, s in spans for row in range(g)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = torch.arange(padded.shape[1], device=ids.device) < lengths[:, None]
+    states = model.base_model(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    parts, row = [], 0
+    for _, p, g, s in spans:
+        parts += [states[row, :p], states[row:row + g, p:p + s].flatten(0, 1)]
+        row += g
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """Some groups, packed for one forward. Rows are responses, ragged suffixes right-padded to S."""
+
+    layout: Packed
+    input_ids: torch.Tensor  # (1, N) int64
+    position_ids: torch.Tensor  # (1, N) int64
+    index: torch.Tensor  # (R, S) int64: packed position whose logits predict this suffix token
+    targets: torch.Tensor  # (R, S) int64: the suffix tokens
+    mask: torch.Tensor  # (R, S) bool, from lengths: a sampled EOS is trained, padding is not
+    advantages: torch.Tensor  # (R,) float32
+    sampled_logprobs: torch.Tensor  # (R, S) float32
+    old_logprobs: torch.Tensor | None = None  # (R, S) float32, set by the caller
+    ref_logprobs: torch.Tensor | None = None  # (R, S) float32, set by the caller
+
+
+@dataclass(frozen=True)
+class Item:
+    """One group, or some rows of it, as the update sees it: ragged token ids, one advantage per suffix."""
+
+    context: Sequence[int]  # prompt + prefix
+    suffixes: Sequence[Sequence[int]]
+    advantages: Sequence[float]
+    sampled_logprobs: Sequence[Sequence[float]]  # of the sampling forward: only compared, never trained on
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens that its packed forward computes."""
+        return len(self.context) + len(self.suffixes) * (max(map(len, self.suffixes)) - 1)
+
+    def rows(self, part: slice) -> Item:
+        return Item(self.context, self.suffixes[part], self.advantages[part], self.sampled_logprobs[part])
+
+
+def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Batch:
+    """Token lists to one packed Batch. The last token of a suffix is only predicted, never fed."""
+    ids: list[int] = []
+    positions: list[int] = []
+    spans, index, targets = [], [], []
+    for item in items:
+        start, p, s = len(ids), len(item.context), max(map(len, item.suffixes)) - 1
+        spans.append((start, p, len(item.suffixes), s))
+        ids += item.context
+        positions += range(p)
+        for row, suffix in enumerate(item.suffixes):
+            block = start + p + row * s
+            ids += list(suffix[:-1]) + [suffix[0]] * (s + 1 - len(suffix))  # any id will do as padding
+            positions += range(p, p + s)
+            index.append([start + p - 1, *range(block, block + len(suffix) - 1)])
+            targets.append(suffix)
+    width = max(map(len, targets))
+    mask = torch.arange(width) < torch.tensor([[len(t)] for t in targets])
+
+    def padded(rows: Sequence[Sequence]) -> torch.Tensor:
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+
+    advantages = torch.tensor([a for item in items for a in item.advantages], device=device)
+    sampled_logprobs = padded([row for item in items for row in item.sampled_logprobs])
+    return Batch(Packed(spans), torch.tensor([ids], device=device), torch.tensor([positions], device=device),
+                 padded(index), padded(targets), mask.to(device), advantages.float(),
+                 sampled_logprobs.float())
+
+
+def micro_batches(items: Sequence[Item], tokens_per_forward: int) -> list[list[Item]]:
+    """Split into lists of at most `tokens_per_forward` packed tokens, longest first: the same gradient.
+
+    A group that is too long alone is split by rows (its context is then computed once per part).
+    """
+    pieces: list[Item] = []
+    for item in items:
+        rows = max(1, (tokens_per_forward - len(item.context)) // max(map(len, item.suffixes)))
+        pieces += [item.rows(slice(i, i + rows)) for i in range(0, len(item.suffixes), rows)]
+    batches: list[list[Item]] = []
+    used = tokens_per_forward + 1
+    for piece in sorted(pieces, key=lambda x: x.packed_tokens, reverse=True):
+        if used + piece.packed_tokens > tokens_per_forward:
+            batches.append([])
+            used = 0
+        batches[-1].append(piece)
+        used += piece.packed_tokens
+    return batches
+
+
+# -------------------------------------------------------------------------------------------- log-probs
+
+
+def shared_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0,
+                    vocab_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the suffix tokens and the entropy of their distributions, at the sampling temperature.
+
+    Returns two (R, S) float32 tensors, 0 where masked; the first carries gradient, the second does not.
+    vocab_size: ids from there on are never sampled (padded embedding rows) and get no probability.
+    """
+    states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
+    states = states[batch.index[batch.mask]]
+    targets = batch.targets[batch.mask]
+    head = model.get_output_embeddings()
+    vocab_size = vocab_size or head.weight.shape[0]
+
+    def chunk_logprobs(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(x)[:, :vocab_size].to(torch.promote_types(x.dtype, torch.float32)) / temperature
+        logprobs = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(1, target[:, None])[:, 0], entropy
+
+    rows = max(1, LOGITS_PER_CHUNK // vocab_size)
+    chunks = list(zip(states.split(rows), targets.split(rows)))
+    # one chunk is kept for the backward pass; of several, each is computed again there
+    results = [chunk_logprobs(*c) if len(chunks) == 1 else checkpoint(chunk_logprobs, *c, use_reentrant=False)
+               for c in chunks]
+    logprobs, entropy = (torch.cat(parts) for parts in zip(*results))
+    zeros = logprobs.new_zeros(batch.mask.shape)
+    return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropy.detach())
+
+
+# ------------------------------------------------------------------------------------------- objectives
+
+
+def update_denominator(items: Sequence[Item], aggregation: str) -> int:
+    """What the summed loss of a whole optimiser update is divided by, fixed before it is split."""
+    if aggregation == "token":
+        return sum(len(suffix) for item in items for suffix in item.suffixes)
+    return sum(len(item.suffixes) for item in items)
+
+
+def policy_loss(logprobs: torch.Tensor, batch: Batch, denominator: int, *, clip_low: float, clip_high: float,
+                aggregation: str, kl_coef: float = 0.0) -> tuple[torch.Tensor, dict[str, float]]:
+    """Clipped surrogate with optional KL penalty (k3), to be minimised; suffix tokens only. [RPO-3]
+
+    logprobs (R, S) with gradient. batch.old_logprobs None means on-policy: the ratio is 1, its gradient that of
+    the log-prob. Returns the scalar loss, already divided by `denominator` (see update_denominator), and sums
+    over tokens for the log: clipped, approx_kl, kl_ref. Source: 2402.03300 eq. 3, 2503.14476 eq. 8.
+    """
+    mask = batch.mask
+    old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    log_ratio = (logprobs - old).clamp(-20, 20)
+    ratio = log_ratio.exp()
+    advantages = batch.advantages.to(logprobs.dtype)[:, None]
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    sums = {"clipped": ((clipped_ratio * advantages < ratio * advantages) & mask).sum().item(),
+            "approx_kl": (((ratio - 1) - log_ratio) * mask).sum().item()}
+    if kl_coef > 0:
+        ref_ratio = (batch.ref_logprobs - logprobs).clamp(-20, 20)
+        k3 = ref_ratio.exp() - ref_ratio - 1
+        token_objective = token_objective - kl_coef * k3
+        sums["kl_ref"] = (k3 * mask).sum().item()
+    if aggregation == "token":
+        total = (token_objective * mask).sum()
+    else:
+        total = ((token_objective * mask).sum(1) / mask.sum(1)).sum()
+    return -total / denominator, sums

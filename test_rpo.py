@@ -1,0 +1,1080 @@
+"""Tests: numbers derived by hand or by an independent path (a plain full-sequence forward, model.generate)."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
+                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+
+import cache
+import data
+import rewards
+import rollout
+import rpo
+import train
+from rewards import Checker, extract_answer, is_correct, length_rewards, parse_error
+
+torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+TINY = Path(__file__).parent / "tiny"
+SHARED = Path(__file__).parent.parent / "shared"  # labelled answers, where they are at hand
+needs_shared = pytest.mark.skipif(not (SHARED / "verifier").is_dir(), reason="labelled answers not present")
+ARCHITECTURES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+                 "llama": (LlamaConfig, LlamaForCausalLM)}
+VOCAB = 60
+
+
+def random_model(kind: str, **sizes) -> torch.nn.Module:
+    """A small random model with grouped-query attention; weights large enough that its logits differ clearly."""
+    config_class, model_class = ARCHITECTURES[kind]
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, vocab_size=VOCAB + 4, max_position_embeddings=256,
+                 initializer_range=0.25, bos_token_id=None, eos_token_id=None, pad_token_id=None) | sizes
+    torch.manual_seed(0)
+    return model_class(config_class(**sizes)).eval()
+
+
+def shared(model: torch.nn.Module) -> torch.nn.Module:
+    assert rpo.use_shared_prefix(model) == "" and rpo.is_shared(model)
+    return model
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """float64 throughout: transformers computes RMSNorm in float32 whatever the model, which hides errors of 1e-9."""
+    model = model.double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, m=module: m.weight * x * (x.square().mean(-1, keepdim=True)
+                                                                 + m.variance_epsilon).rsqrt()
+    return model
+
+
+def token_lists(seed: int, lengths: list[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
+
+
+def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """An ordinary forward over one whole sequence (sdpa: eager has its softmax in float32 whatever the model)."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "sdpa"
+    try:
+        return model(torch.tensor([ids])).logits[0]
+    finally:
+        model.config._attn_implementation = before
+
+
+# ---------------------------------------------------------------------------- rollout
+
+
+def greedy_by_generate(model, context: list[int], budget: int, eos: tuple[int, ...]) -> list[int]:
+    config = GenerationConfig(do_sample=False, max_new_tokens=budget, eos_token_id=list(eos), pad_token_id=0)
+    out = model.generate(torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long),
+                         generation_config=config)
+    return out[0, len(context):].tolist()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("memory", [1.0, 0.0006])  # the second one lets in a few problems at a time
+def test_greedy_equals_generate_for_ragged_prefixes(kind, memory):
+    contexts = token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2])
+    budgets = [12, 5, 20, 1, 9, 14, 7, 3]
+    model = random_model(kind, vocab_size=VOCAB)
+    free = [greedy_by_generate(model, c, b, ()) for c, b in zip(contexts, budgets)]
+    eos = (free[0][4], free[5][2])  # ids that do come up, so that rows leave early and at different times
+    expected = [greedy_by_generate(model, c, b, eos) for c, b in zip(contexts, budgets)]
+    assert len({len(e) for e in expected}) > 3
+    requests = [rollout.Request(c, b, [(0,)] * g) for c, b, g in zip(contexts, budgets, [1, 3, 2, 1, 4, 2, 3, 1])]
+    how = rollout.Sampling(eos, VOCAB, temperature=0)
+    results = rollout.generate(shared(model), requests, how, memory)
+    for request, suffixes, want in zip(requests, results, expected):
+        assert len(suffixes) == len(request.seeds)
+        for suffix in suffixes:
+            assert suffix.ids == want
+            assert suffix.finished == (want[-1] in eos)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sampled_logprobs_are_those_of_a_plain_forward(kind):
+    model = shared(random_model(kind))
+    contexts = token_lists(2, [4, 21, 11])
+    requests = [rollout.Request(c, b, [(7, i, row) for row in range(5)])
+                for i, (c, b) in enumerate(zip(contexts, [9, 3, 14]))]
+    how = rollout.Sampling((3, 5), VOCAB, temperature=0.7)
+    for request, suffixes in zip(requests, rollout.generate(model, requests, how, 1.0)):
+        assert len({tuple(s.ids) for s in suffixes}) > 1
+        for suffix in suffixes:
+            logits = plain_logits(model, request.context + suffix.ids)[len(request.context) - 1:-1, :VOCAB] / 0.7
+            want = logits.log_softmax(-1)[range(len(suffix.ids)), suffix.ids]
+            assert torch.allclose(torch.tensor(suffix.logprobs), want, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_what_else_is_in_the_batch():
+    model = shared(random_model("qwen2"))
+    requests = [rollout.Request(c, 12, [(3, i, row) for row in range(4)])
+                for i, c in enumerate(token_lists(3, [5, 19, 8, 13]))]
+    how = rollout.Sampling((1, 2), VOCAB)
+    together = rollout.generate(model, requests, how, 1.0)
+    alone = [rollout.generate(model, [r], how, 1.0)[0] for r in requests]
+    assert [[s.ids for s in group] for group in together] == [[s.ids for s in group] for group in alone]
+
+
+def test_sampled_frequencies_are_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 9.0])  # the last id lies beyond the tokenizer
+    how = rollout.Sampling((), vocab_size=5, temperature=1.5)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000, dtype=np.float32))
+    ids, _ = rollout.sample(logits.expand(20_000, -1), uniforms, how)
+    weights = [math.exp(x / 1.5) for x in (2.0, 1.0, 0.0, -1.0, 0.5)]
+    expected = [20_000 * w / sum(weights) for w in weights]
+    observed = [int((ids == i).sum()) for i in range(5)]
+    assert sum(observed) == 20_000  # never the padded id
+    chi_square = sum((o - e) ** 2 / e for o, e in zip(observed, expected))
+    assert chi_square < 18.47  # 4 degrees of freedom, p = 0.001
+
+
+def test_top_k_and_top_p_keep_the_crossing_token():
+    logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).expand(1000, -1)
+    uniforms = torch.linspace(0, 1 - 2**-24, 1000)  # reaches both ends of the distribution
+
+    def seen(**cut) -> dict[int, int]:
+        ids, _ = rollout.sample(logits, uniforms, rollout.Sampling((), 4, **cut))
+        return dict(Counter(ids.tolist()))
+
+    assert set(seen()) == {0, 1, 2, 3}
+    assert set(seen(top_k=2)) == {1, 2}
+    assert seen(top_k=2)[1] == pytest.approx(1000 * 4 / 7, abs=2)
+    assert set(seen(top_p=0.69)) == {1, 2}
+    assert set(seen(top_p=0.71)) == {1, 2, 3}
+    assert set(seen(top_p=0.01)) == {1}
+
+
+def test_an_architecture_with_sliding_windows_takes_the_plain_path_and_stays_exact():
+    sizes = dict(vocab_size=VOCAB, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    model = random_model("qwen2", **sizes)
+    assert "sliding_attention" in model.config.layer_types
+    contexts = token_lists(4, [3, 17, 9])
+    free = [greedy_by_generate(model, c, 12, ()) for c in contexts]
+    eos = (free[0][4],)
+    expected = [greedy_by_generate(model, c, 12, eos) for c in contexts]
+    assert "sliding_window" in rpo.use_shared_prefix(model) and not rpo.is_shared(model)
+    requests = [rollout.Request(c, 12, [(0,)] * 3) for c in contexts]
+    for memory in (1.0, 0.0006):
+        results = rollout.generate(model, requests, rollout.Sampling(eos, VOCAB, temperature=0), memory)
+        assert [[s.ids for s in group] for group in results] == [[want] * 3 for want in expected]
+    how = rollout.Sampling(eos, VOCAB)  # rows of a group that part ways and leave at different times
+    for group, context in zip(rollout.generate(model, requests, how, 1.0), contexts):
+        for suffix in group:
+            logits = plain_logits(model, context + suffix.ids)[len(context) - 1:-1]
+            want = logits.log_softmax(-1)[range(len(suffix.ids)), suffix.ids]
+            assert torch.allclose(torch.tensor(suffix.logprobs), want, atol=1e-4)
+    loss = plain_loss(model, ITEMS, "dapo", 1.0)
+    loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    assert loss_over(model, ITEMS, "dapo", 1.0, 40) == pytest.approx(loss.item(), rel=1e-4)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, want[name]) < 1e-4
+
+
+# ------------------------------------------------------------------- shared-prefix log-probs
+
+
+def items_for(rows: list[list[int]], contexts: list[int], seed: int = 5) -> list[rpo.Item]:
+    rng = np.random.default_rng(seed)
+    items = []
+    for i, (context, lengths) in enumerate(zip(token_lists(seed, contexts), rows)):
+        advantages = rng.normal(size=len(lengths)).astype(np.float32).tolist()
+        items.append(rpo.Item(context, token_lists(seed + i + 1, lengths), advantages, [[0.0] * n for n in lengths]))
+    return items
+
+
+ITEMS = items_for([[4, 1, 7], [1, 1, 1], [5, 2, 9]], [6, 19, 1])  # suffixes of one token, a context of one token
+
+
+def plain_logprobs(model, item: rpo.Item, row: int, temperature: float, vocab: int) -> torch.Tensor:
+    suffix = item.suffixes[row]
+    logits = plain_logits(model, item.context + suffix)[len(item.context) - 1:-1, :vocab] / temperature
+    return logits.log_softmax(-1)[range(len(suffix)), suffix]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def plain_loss(model, items, algo: str, temperature: float, old=None, ref=None, kl_coef=0.0) -> torch.Tensor:
+    """The objective written out response by response, token by token, over full-sequence forwards."""
+    settings = rpo.ALGORITHMS[algo]
+    total, tokens, responses = 0.0, 0, 0
+    for i, item in enumerate(items):
+        for row, advantage in enumerate(item.advantages):
+            logprobs = plain_logprobs(model, item, row, temperature, VOCAB)
+            terms = []
+            for t, lp in enumerate(logprobs):
+                ratio = torch.exp(lp - (lp.detach() if old is None else old[i][row][t]))
+                low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+                term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+                if kl_coef:
+                    diff = ref[i][row][t] - lp
+                    term = term - kl_coef * (torch.exp(diff) - diff - 1)
+                terms.append(term)
+            total = total + (sum(terms) if algo == "dapo" else sum(terms) / len(terms))
+            tokens += len(terms)
+            responses += 1
+    return -total / (tokens if algo == "dapo" else responses)
+
+
+def loss_over(model, items, algo: str, temperature: float, tokens_per_forward: int, old=None, ref=None,
+              kl_coef=0.0) -> float:
+    """The loss of one update through micro-batches; leaves the gradient in the parameters."""
+    settings = {k: rpo.ALGORITHMS[algo][k] for k in ("clip_low", "clip_high", "aggregation")}
+    denominator = rpo.update_denominator(items, settings["aggregation"])
+    model.zero_grad()
+    total = 0.0
+    for part in rpo.micro_batches(items, tokens_per_forward):
+        batch = rpo.pack(part)
+        for name, table in (("old_logprobs", old), ("ref_logprobs", ref)):
+            if table is not None:
+                values = torch.zeros(batch.mask.shape, dtype=torch.float64)
+                for row, suffix in enumerate(s for item in part for s in item.suffixes):
+                    values[row, :len(suffix)] = table_row(items, table, suffix)
+                setattr(batch, name, values.to(next(model.parameters()).dtype))
+        logprobs, _ = rpo.shared_logprobs(model, batch, temperature, VOCAB)
+        loss, _ = rpo.policy_loss(logprobs, batch, denominator, kl_coef=kl_coef, **settings)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def table_row(items, table, suffix) -> torch.Tensor:
+    i, row = next((i, r) for i, x in enumerate(items) for r, s in enumerate(x.suffixes) if s is suffix)
+    return table[i][row]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound):
+    model = in_float64(random_model(kind)) if dtype == torch.float64 else random_model(kind)
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        exact = [[plain_logprobs(model, item, row, 0.8, VOCAB) for row in range(3)] for item in ITEMS]
+    old = [[x + 0.3 * torch.randn(x.shape, generator=noise, dtype=dtype) for x in rows] for rows in exact]
+    ref = [[x + 0.3 * torch.randn(x.shape, generator=noise, dtype=dtype) for x in rows] for rows in exact]
+    expected = {}
+    for algo in rpo.ALGORITHMS:
+        for kl_coef in (0.0, 0.1):
+            model.zero_grad()
+            loss = plain_loss(model, ITEMS, algo, 0.8, old, ref, kl_coef)
+            loss.backward()
+            expected[algo, kl_coef] = loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+    shared(model)
+    batch = rpo.pack(ITEMS)
+    got, _ = rpo.shared_logprobs(model, batch, 0.8, VOCAB)
+    want = torch.cat([x for rows in exact for x in rows])
+    assert relative_error(got[batch.mask].detach(), want) < bound
+    assert not got[~batch.mask].any()
+    for (algo, kl_coef), (loss, grads) in expected.items():
+        for checkpointing in (False, True):
+            for tokens_per_forward in (1, 40, 10_000):  # rows one by one, about one problem, everything at once
+                if checkpointing:
+                    model.activation_checkpointing_enable({"use_reentrant": False})
+                    model.train()
+                value = loss_over(model, ITEMS, algo, 0.8, tokens_per_forward, old, ref, kl_coef)
+                model.activation_checkpointing_disable()
+                model.eval()
+                assert value == pytest.approx(loss, rel=bound * 10)
+                for name, parameter in model.named_parameters():
+                    assert relative_error(parameter.grad, grads[name]) < bound, (name, algo, tokens_per_forward)
+
+
+def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
+    model = shared(random_model("qwen2"))
+    loss_over(model, ITEMS, "dapo", 1.0, 10_000)
+    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
+    monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 5 * VOCAB)
+    calls = []
+    monkeypatch.setattr(rpo, "checkpoint", lambda f, *a, **k: calls.append(1) or torch.utils.checkpoint.checkpoint(f, *a, **k))
+    loss_over(model, ITEMS, "dapo", 1.0, 10_000)
+    assert len(calls) == math.ceil(sum(len(s) for item in ITEMS for s in item.suffixes) / 5)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, whole[name]) < 1e-5
+
+
+def test_micro_batches_keep_within_the_budget_and_lose_nothing():
+    items = items_for([[4, 1, 7], [9, 9], [3, 2, 2, 2]], [6, 19, 2])
+    for budget in (10, 27, 50, 1000):
+        parts = rpo.micro_batches(items, budget)
+        for part in parts:
+            tokens = sum(item.packed_tokens for item in part)
+            assert tokens == rpo.pack(part).input_ids.numel()
+            assert tokens <= budget or len(part) == 1 and len(part[0].suffixes) == 1
+        assert sorted(s for p in parts for x in p for s in x.suffixes) == sorted(s for x in items for s in x.suffixes)
+        assert sorted(a for p in parts for x in p for a in x.advantages) == sorted(a for x in items for a in x.advantages)
+
+
+# ------------------------------------------------------------------------------- objectives
+
+
+def test_group_advantages_by_hand():
+    # rewards 1 0 0 0: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4, std 1/2
+    assert rpo.group_advantages([1, 0, 0, 0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert rpo.group_advantages([0.1] * 6) == [0.0] * 6  # rounding of the mean must not become a direction
+    assert rpo.group_advantages([1.0]) == [0.0]
+
+
+def hand_batch(advantages: list[float], lengths: list[int]) -> rpo.Batch:
+    items = [rpo.Item([1], [[2] * n], [a], [[0.0] * n]) for a, n in zip(advantages, lengths)]
+    return rpo.pack(items)
+
+
+def test_clipping_by_hand():
+    # rows of one token, ratios 1.5, 1.5, 0.5, 0.5, 1.25 with advantages +1 -1 +1 -1 +1
+    batch = hand_batch([1, -1, 1, -1, 1], [1] * 5)
+    batch.old_logprobs = torch.zeros(5, 1)
+    logprobs = torch.tensor([[1.5], [1.5], [0.5], [0.5], [1.25]]).log().requires_grad_()
+    loss, stats = rpo.policy_loss(logprobs, batch, 5, clip_low=0.2, clip_high=0.28, aggregation="token")
+    # 1.28 (clipped), -1.5, 0.5, -0.8 (clipped), 1.25
+    assert loss.item() == pytest.approx(-(1.28 - 1.5 + 0.5 - 0.8 + 1.25) / 5, abs=1e-6)
+    assert stats["clipped"] == 2
+    loss.backward()
+    # d(ratio)/d(logprob) = ratio where not clipped
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([0, 0.3, -0.1, 0, -0.25], abs=1e-6)
+
+
+def test_aggregation_by_hand():
+    # on-policy, ratio 1: every token's objective is its advantage
+    batch = hand_batch([2.0, -1.0], [1, 3])
+    logprobs = torch.zeros(2, 3, requires_grad=True)
+    settings = dict(clip_low=0.2, clip_high=0.2)
+    by_token, _ = rpo.policy_loss(logprobs, batch, 4, aggregation="token", **settings)
+    by_response, _ = rpo.policy_loss(logprobs, batch, 2, aggregation="response", **settings)
+    assert by_token.item() == pytest.approx(-(2 - 1 - 1 - 1) / 4)
+    assert by_response.item() == pytest.approx(-(2 - 1) / 2)
+    by_response.backward()
+    assert logprobs.grad.tolist() == [[-1, 0, 0], pytest.approx([1 / 6] * 3)]  # loss 0 is not gradient 0
+
+
+def test_kl_penalty_by_hand():
+    batch = hand_batch([0.0], [2])
+    batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.2)]])
+    logprobs = torch.tensor([[math.log(0.25), math.log(0.4)]])
+    loss, stats = rpo.policy_loss(logprobs, batch, 2, clip_low=0.2, clip_high=0.2, aggregation="token", kl_coef=0.1)
+    k3 = (2 - math.log(2) - 1) + (0.5 - math.log(0.5) - 1)
+    assert stats["kl_ref"] == pytest.approx(k3, abs=1e-6)
+    assert loss.item() == pytest.approx(0.1 * k3 / 2, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------ cache
+
+
+def entry(tokens: int, shortest: int) -> cache.Entry:
+    return cache.Entry(list(range(tokens)), 1.0, shortest, 0)
+
+
+@pytest.mark.parametrize("max_cut, tokens, shortest, limit", [(20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50),
+                                                              (1.0, 40, 60, 40), (0.01, 50, 30, 1)])
+def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
+    rng = np.random.default_rng(0)
+    draws = 400 * limit
+    kept = [cache.cut(entry(tokens, shortest), max_cut, rng) for _ in range(draws)]
+    assert all(k == list(range(len(k))) for k in kept)
+    counts = Counter(tokens - len(k) for k in kept)
+    assert set(counts) == set(range(1, limit + 1))
+    chi_square = sum((n - 400) ** 2 / 400 for n in counts.values())
+    freedom = limit - 1
+    assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_cache_update_is_epsilon_greedy_and_reaches_every_other_response():
+    rng = np.random.default_rng(0)
+    rewards_of_group, epsilon, draws = [0.2, 0.9, 0.1, 0.9, 0.0], 0.3, 10_000
+    counts = Counter(cache.choose(rewards_of_group, epsilon, rng) for _ in range(draws))
+    for index, share in enumerate([0.175, 0.3, 0.175, 0.175, 0.175]):  # the best is the first of the two
+        assert abs(counts[index] - draws * share) < 3 * math.sqrt(draws * share * (1 - share))
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.0", "many", "", "nan", "1e3"])
+def test_max_cut_that_means_nothing_is_refused(text):
+    with pytest.raises(ValueError, match="--max-cut"):
+        cache.parse_max_cut(text)
+
+
+def test_max_cut_tokens_and_fractions():
+    assert [cache.parse_max_cut(t) for t in ("300", "1", "0.5", "1.0")] == [300, 1, 0.5, 1.0]
+    assert isinstance(cache.parse_max_cut("1"), int) and isinstance(cache.parse_max_cut("1.0"), float)
+
+
+def test_cache_file_is_one_json_line_an_entry(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    cache.save({"a": cache.Entry([5, 7, 2], 1.0, 3, 4), "b": cache.Entry([], 0.0, 1, 0)}, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "shortest": 3, "step": 4},
+                     {"id": "b", "response_ids": [], "reward": 0.0, "shortest": 1, "step": 0}]
+    assert os.listdir(tmp_path) == ["cache.jsonl"]
+
+
+# ---------------------------------------------------------------------------------- rewards
+
+
+def boxed(answer: str) -> str:
+    return "\\boxed{" + answer + "}"
+
+
+def judged(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The (gold, answer) pairs called correct."""
+    return [(gold, answer) for gold, answer in pairs if is_correct(boxed(answer), gold)]
+
+
+def rows(name: str) -> list[dict]:
+    with open(SHARED / name, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"so \boxed{1} then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\text{if } \{x\} = \frac{a}{b}}", r"\text{if } \{x\} = \frac{a}{b}"),
+        (r"\boxed {5}", "5"), (r"\fbox{7}", "7"), (r"\boxed{\boxed{8}}", r"\boxed{8}"),
+        (r"\boxed{3} is cut off: \boxed{4", "3"), ("work\n#### 1,450", "1,450"),
+        ("so the answer is 12.", "12"), ("**Answer:** $x=3$", "x=3"), ("She has 5.\nA: 99,000", "99,000"),
+        ("The final answer is $28 \\%$. I hope it is correct.", "28 \\%"),
+        (r"<think>maybe \boxed{1}</think> It is \boxed{2}.", "2"), (r"<think>\boxed{1}</think> done", "1"),
+        (r"\boxed{1} and \boxed{2}", "1, 2"), (r"\boxed{(1,2)}, \boxed{(3,4)}", "(1,2), (3,4)"),
+        (r"not \boxed{1}. No: \boxed{2}", "2"), ("there are 5 of them", None), ("", None),
+        ("\\boxed{", None), ("####", None), ("Answer:", None),
+    ],
+)
+def test_extract_answer_takes_the_committed_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_unmarked_answers_count_only_when_loose() -> None:
+    text = "Adding up, the total is $12$ apples, not 3."
+    assert extract_answer(text) is None and extract_answer(text, loose=True) == "3"
+    assert is_correct("so $x = 4$ works", "4") and not is_correct("so $x = 4$ works", "4", loose=False)
+    assert not is_correct("AZYUK2A", "2")
+
+
+SAME = r"""
+1/2 : \frac12 | \dfrac{1}{2} | \frac{-1}{-2} | 0.5 | .5 | \left(\tfrac 12\right) | 2^{-1} | \frac1{2}
+1\frac{3}{4} : \frac74 | 1.75 | 1 3/4 | 7/4
+-2\frac{1}{3} : -\frac{7}{3}
+1,234,567 : 1234567 | 1\,234\,567 | 1{,}234{,}567 | 1,\!234,\!567 | 1 234 567
+\$12.50 : 12.5 | \$12.50 | 12.50 \text{ dollars}
+15 : 15\text{ cm}^2 | 15\ \mathrm{cm} | 15 apples | 15\text{ ways} | x=15 | 15.0 | \text{15}
+15 : \fbox{15} | 15. | $15$
+15\text{ cm} : 15 | 15 \mathrm{~cm}
+45^\circ : 45 | 45^{\circ} | 45\degree | 45° | 45 \text{ degrees} | \frac{\pi}{4}
+40\% : 40 | 40\% | 0.4 | 40 percent | 40\text{ percent}
+0.25 : 25\%
+3e8 : 300000000 | 3\times10^8 | 3 \cdot 10^{8} | 3E8
+\frac{1}{7} : 0.\overline{142857}
+\frac{5}{6} : 0.8\overline{3}
+6\sqrt{2} : \sqrt{72} | 6\sqrt2 | 6 \cdot 2^{1/2} | 6\times 2^{0.5} | 6sqrt(2) | 6*sqrt(2)
+6\sqrt{2} : \frac{12}{\sqrt 2}
+2\sqrt[3]{2} : \sqrt[3]{16} | 2\sqrt[3]2
+120 : 5! | \binom{10}{3} | \frac{6!}{6}
+\frac{\pi}{6} : \pi/6 | \frac{1}{6}\pi | \arcsin \frac12
+e^{2} : e^2 | \exp(2) | \mathrm{e}^2
+2+3i : 3i+2 | 2+3\mathrm{i} | (1+i)(\frac52+\frac{i}{2})
+-4 : (2i)^2 | -|4| | -|-4|
+3 : \log_2 8 | \log_{10} 1000 | \ln e^3 | |{-3}| | 2\sin 90^\circ+1 | \lfloor \pi \rfloor
+\sin^2 x : 1-\cos^2 x | (\sin x)^2 | \sin(x)\sin x
+\tan x : \frac{\sin x}{\cos x}
+2\ln x : \ln x^2
+1 \pm \sqrt{3} : 1-\sqrt3, 1+\sqrt3 | x = 1 \pm \sqrt 3 | \{1+\sqrt 3, 1-\sqrt 3\}
+x=5 : 5 | x = 5.0
+y = 3x - 2 : y=-2+3x | 3x-2 | y - 3x = -2
+x^2+y^2=4 : x^2 + y^2 - 4 = 0 | \frac{x^2}{4}+\frac{y^2}{4}=1
+(x+1)^2 : x^2+2x+1 | (1+x)(x+1)
+f(x)=x^2 : x^2 | f(x) = x \cdot x
+(1,-2) : (1, -2) | \left(1,-2\right) | \big(1,-2\big) | (x,y)=(1,-2) | x=1, y=-2
+(100,101) : (100, 101)
+\{1,2,3\} : \{3,2,1\} | 3, 1, 2 | \lbrace 1,2,3\rbrace | 1, 2 \text{ and } 3 | x \in \{1,2,3\}
+(1,2),(3,4) : (3,4), (1,2) | (1,2)\text{ or }(3,4)
+[0,1) : [0, 1.0) | x\in[0,1) | 0 \le x < 1 | 1 > x \ge 0
+(-\infty,2)\cup(3,\infty) : (3,\infty)\cup(-\infty,2) | x<2 \text{ or } x>3 | (-\infty,2) U (3,+\infty)
+(5,\infty) : x>5 | 5<x | \left(5,\infty\right)
+x < 1 : -x > -1 | 1 > x | (-\infty,1)
+k \geqslant 2 : k\ge2 | 2\leq k | k >= 2
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} : \begin{bmatrix}1&2\\3&4\end{bmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} : \left(\begin{array}{cc}1&2\\3&4\end{array}\right)
+\begin{pmatrix} 1/2 \\ 1 \end{pmatrix} : \frac12\begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix} 1/2 \\ 1 \end{pmatrix} : -\begin{pmatrix}-0.5\\-1\end{pmatrix} | (1/2,1)
+52_8 : 52_{8} | 52_8.
+7:32 : 7:32 | 14:64 | \frac{7}{32}
+\text{(B)} : (B) | B | \text{B} | \mathrm{B} | (\text{B})
+\text{even} : even | \text{Even} | \mathrm{even}
+\text{Evelyn} : Evelyn | \text{evelyn}
+\frac{100!}{2^{50}} : 100!/2^{50}
+(-1)^n n : n(-1)^{n+2}
+\left\lfloor\frac{n+1}{2}\right\rfloor : \lceil n/2 \rceil
+7 : the answer is 7 | \frac{14}{2}=7 | x \approx 7
+0 : -0 | \sin \pi | \ln 1
+\frac{3}{11} : .\overline{27} | \mathbf{\frac{3}{11}}
+12 : 12 km/h | 12\ \mathrm{m/s} | 12 cm^2
+3:2 : 3\text{ to }2 | 6:4
+52_8 : (52)_8
+|x-2| : \lvert 2-x \rvert | abs(x-2)
+(2,5) : \langle 2, 5 \rangle
+10x=20 : x=2
+"""
+DIFFERENT = r"""
+1/3 : 0.33 | 0.333333 | \frac{33}{100} | 3 | -\frac13
+\pi : 3.14 | 3.14159265358979 | \frac{22}{7} | 2\pi
+\sqrt{2} : 1.414 | 1.4142135623730951 | \sqrt[3]{2} | 2
+1,000 : 1,0000 | 1 | 1,00 | 100
+99999999999999999 : 100000000000000000
+\frac{1}{2004!} : \frac{1}{2006!} | 0
+\frac{1}{2^{99}} : \frac{1}{2^{98}} | 0
+2.55e-10 : 2.56e-10 | 0
+5.4 : 5.41 | 5.45 | 54
+7 : 7 \text{ maybe 8} | 7 \text{ not}
+7 : 7.0000001 | 7, 8 | 7 \text{ or } 8 | 7 \pm 1 | 6<x<8 | 7\neq 8 | x>7 | 7x | 70 | 7+\epsilon
+7 : 7 \text{ is wrong, } 8 | 7 \vee 8
+15\text{ cm}^2 : 16 | 150\text{ cm}^2
+5.4 \text{ cents} : 5.4 \text{ dollars}
+40\% : 41 | 4 | 4\% | 0.04
+45^\circ : -45^\circ | 46 | \frac{\pi}{3}
+52_8 : 42 | 52 | 52_9
+1.5\times 10^{3} : 150 | 1.5\times 10^{-3} | 1.5\times 10^4
+1\frac{3}{4} : 1.3 | \frac34 | \frac{13}{4}
+(1,2) : (2,1) | [1,2] | (1,2,0) | \{1,2\} | 1 | 3
+\{1,2\} : \{1\} | \{1,2,3\} | \{-1,2\} | (2,1)
+1,-2 : 1,2 | 1 | -2 | 1,-2,3
+a=4, b=5 : a=5, b=4
+(1,2),(3,4) : (2,1),(3,4) | (1,2,3,4) | (1,2)
+\pm 3 : 3 | -3 | \pm 4
+1 \pm \sqrt{3} : 1+\sqrt3 | \pm 1 + \sqrt 3
+[0,1) : [0,1] | (0,1) | (0,1] | 0\le x\le 1 | 1 | [-1,1)
+(-\infty,2)\cup(3,\infty) : (-\infty,2) | (2,3) | x<2
+x>5 : x<5 | x \ge 5 | 5
+x < 1 : -x < -1 | x<2
+y = 3x - 2 : y=3x+2 | y=2-3x | 3x
+x^2+y^2=4 : 0=0 | x^2+y^2=5 | x^2-y^2=4 | 4
+5x = 15 : 15 | 5x
+5x : x=5 | 5 | 5y
+p - q : q - p
+10^{-30}\pi : 2\cdot 10^{-30}\pi | 0
+0.5 : \pi x+0.5 | 0.5x
+3R^2 : 3r^2
+\sqrt{x^2} : x
+x^2 : |x|^3 | x | 2x
+\sin^2 x : \sin x^2 | \sin 2x
+\lfloor n/2\rfloor+1 : \lceil n/2\rceil
+\lfloor n/30\rfloor : 0
+I(0) : 0
+4:40 \text{ a.m.} : 4:40 \text{ p.m.} | 1/10
+6+9i : 9+6i | 6-9i | 15i | 15
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} : \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} : (1,2,3,4)
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} : \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} : \begin{pmatrix} 1 & 2 \end{pmatrix} | (2,1)
+7:32 : 32:7 | 7:33
+12:00 : 1:00
+\text{(B)} : (C) | BB | \text{A, B, C, D}
+\text{even} : \text{not even} | odd | neither
+\text{east} : southeast | e a s t n
+1-\frac{1}{\mathrm{e}} : 1+\frac{1}{\mathrm{e}}
+0 : \emptyset | 1e-9 | \infty-\infty | 10^{-100}
+1 : \frac{\infty}{\infty} | \frac{0}{0}
+2n : n
+"""
+
+
+def table(text: str) -> list[tuple[str, str]]:
+    lines = [line.split(" : ") for line in text.strip().splitlines()]
+    return [(gold, answer) for gold, answers in lines for answer in answers.split(" | ")]
+
+
+def test_right_answers_in_another_form_are_correct() -> None:
+    right = judged(table(SAME))
+    assert [pair for pair in table(SAME) if pair not in right] == []
+
+
+def test_wrong_answers_are_not_correct() -> None:
+    assert judged(table(DIFFERENT)) == []
+
+
+def test_several_boxed_answers_are_one_list_not_a_choice() -> None:
+    hedge = r"\boxed{1}\boxed{2}\boxed{3}\boxed{7}"
+    assert not is_correct(hedge, "7") and is_correct(hedge, "1,2,3,7")
+    assert not is_correct(r"The gold is \boxed{7}? No: \boxed{8}.", "7")
+    assert is_correct(r"$x=\boxed{1}$ and $x=\boxed{-2}$", "-2, 1")
+
+
+def test_decimal_gold_has_a_tolerance_and_no_other_gold() -> None:
+    assert judged(
+        [("4.1231056", r"\sqrt{17}"), ("38.571", "270/7"), ("3.46223 \\times 10^{3}", "3462.23")]
+    ) == [("4.1231056", r"\sqrt{17}"), ("38.571", "270/7"), ("3.46223 \\times 10^{3}", "3462.23")]
+    assert (
+        judged([("16386.20", "16386.17"), ("0.5", "0.54"), (r"\sqrt{17}", "4.1231056"), ("-0.5", "0.5")])
+        == []
+    )
+
+
+def test_unparseable_gold_is_reported_and_never_scores() -> None:
+    for gold in ("", "np.arcsin(10/13)", r"\frac{1}{", "1" * 2000, "(" * 60 + "1" + ")" * 60):
+        assert parse_error(gold) and not is_correct(boxed(gold), gold)
+    for gold in ("7", r"\text{Monday}", r"(-\infty, 3]", "9 \\text{ a.m.}", "$2,-1$"):
+        assert parse_error(gold) is None and is_correct(boxed(gold), gold)
+    assert is_correct("4", r"A worked solution, so \boxed{4}.") and not is_correct("5", r"so \boxed{4}.")
+
+
+FOUND_BY_FUZZING = [
+    r"\sin\emptyset", r"\binom{e}{99999999999}", r"2004%\pm\pm\pm\pm\pm\pm\pm2004%0",
+    r"\mathbb{R}", r"\lfloor i\rfloor",
+    r"\log_2\log_2\log_2\log_2\log_2\log_2\log_2\log_2\log_2a", "99999999999.25.25!%", r"1\frac{1}{2}!", "0:",
+    r"0.5\ge\mathrm{e}y\pm99999999999x^2",
+]
+HOSTILE = FOUND_BY_FUZZING + [
+    "9^{9^{9^9}}", "10^{10^{10}}!", "9**9**9**9", "1e999999999", "1e9999", r"\sqrt[10^{10}]{10^{10^{10}}}",
+    "((10!)!)!", "1.0000001^{10^{12}}", r"2^{2^{2^{2^{2^{\pi}}}}}", r"\binom{10^{100}}{10^{50}}",
+    "5!!!!!!", r"\sin(10^{10^{10}})", r"\pi^{\pi^{\pi^{\pi^\pi}}}", "x^{x^{x^{x^{x^{x}}}}}",
+    r"i^{10^{20}}", "7" * 5000, "0" * 99999, "-" * 5000, "(" * 5000, "{" * 9999, r"\frac" * 3000,
+    r"\sqrt" * 300, r"\frac{1}{" * 99 + "2" + "}" * 99, r"\boxed{" * 20000, "1," * 9999,
+    "99*" * 5000 + "1", r"\pm" * 40 + "1", r"1\pm2\pm3\pm4\pm5\pm6\pm7\pm8", r"\{" * 800, "|" * 501,
+    "|x" * 100, r"\tan(\pi/2)", r"\ln 0", r"\log_{0} 5", r"\log_1 7", "0^{-1}", r"0^{-\pi}",
+    r"\frac{7}{1-1}", r"(-8)^{1/3}", "\x00", "\ud800", "8\u200b", "\u0667", "⑦⑦", "\U0001f600", r"\text{",
+    "_", "^", "&", "%", "$", "#", "'", "'''", r"x'_'", "5_", "__import__('os').system('touch pwned')",
+    "().__class__.__bases__[0]", "lambda: 7", r"\begin{pmatrix}1&2\\3\end{pmatrix}",
+    r"\begin{pmatrix}1\end{pmatrix}+\begin{pmatrix}1&2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}^2",
+    r"\sum_{n=1}^{9} n", r"\lfloor 9^{9^{9}}/2 \rfloor", r"|\infty|", r"\overline{}", "0.\\overline{}",
+    "1/0", "1 2/0", r"\sqrt[0]{7}", r"\sqrt[x]{}", r"\int e^{x^2}dx", "a=b=c=d", "7=", "=8=", "<",
+    "1<2<3<4<5", "x:y:0", ":", ";", ",,", "7 mod 0", r"\log_{} 7", r"\log_{)} 7",
+]
+
+
+@pytest.mark.parametrize("gold", ["21", r"\sqrt{21}", "x+1", "(8,9)", "8.5", "[1,2)", "x^2=21"])
+def test_hostile_answers_return_soon_and_are_never_correct(gold: str) -> None:
+    for answer in HOSTILE:
+        start = time.perf_counter()
+        assert not is_correct(boxed(answer), gold), answer[:60]
+        assert time.perf_counter() - start < 1, answer[:60]
+    assert not Path("pwned").exists()
+
+
+def test_hostile_golds_return_soon() -> None:
+    for gold in HOSTILE:
+        start = time.perf_counter()
+        for answer in (gold, "7", r"\sqrt{x}"):
+            assert {is_correct(boxed(answer), gold), is_correct(answer, gold)} <= {True, False}
+        assert parse_error(gold) is None or isinstance(parse_error(gold), str)
+        assert time.perf_counter() - start < 2, gold[:60]
+
+
+def test_long_responses_are_scanned_in_linear_time() -> None:
+    for text in (
+        r"\boxed{8} " * 20000, "The answer is 8. " * 20000, r"\[" * 50000, "$" * 99999, " " * 10**6,
+        "answer" * 50000, "A:" * 99999, "\\boxed{8}" + " " * 10**6, "1/2/" * 30000, "####" * 50000,
+        r"\boxed{8" * 20000,
+    ):
+        start = time.perf_counter()
+        assert not is_correct(text, "7")
+        assert time.perf_counter() - start < 1, text[:20]
+
+
+# Right, and needs sympy for some milliseconds.
+SLOW = r"\frac{\sqrt{\sqrt{2}+\sqrt{3}}\cdot\sin(\sqrt{5}+\ln 7)}{\cos 3}"
+
+
+def test_checker_gives_the_same_answers_as_is_correct() -> None:
+    pairs = [(boxed(answer), gold) for gold, answer in (table(SAME) + table(DIFFERENT))[::3]]
+    pairs += [("so $x=4$", "4"), ("no answer", "7"), (boxed("8"), "")]
+    pairs += [("\ud800", "\ud800"), (boxed("\ud800"), r"\sqrt{2}")]
+    expected = [is_correct(*pair) for pair in pairs]
+    with Checker(workers=2) as checker:
+        assert checker.check(pairs) == expected and checker.check([]) == []
+        assert checker.timeouts == 0 and 0 < checker.check_ms_max < 1000
+    assert Checker(workers=0).check(pairs) == expected
+
+
+def test_easy_answers_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process for an easy answer"))
+    easy = [
+        ("1/2", "0.5"),
+        ("(1,2)", "(2,1)"),
+        ("x^2-1", "(x-1)(x+1)"),
+        (r"\text{B}", "C"),
+        ("[0,1)", "[0,1]"),
+    ]
+    with Checker(workers=1) as checker:
+        assert checker.check([(boxed(a), g) for g, a in easy]) == [True, False, True, False, False]
+
+
+def test_slow_answer_is_killed_counted_and_the_next_one_is_checked() -> None:
+    with Checker(workers=1, time_limit=0.0005) as checker:
+        assert checker.check([(boxed(SLOW + "+0"), SLOW)]) == [False]
+        assert checker.timeouts == 1 and checker.check_ms_max >= 0.5
+        checker.time_limit, checker.timeouts = 5, 0
+        assert checker.check([(boxed(r"\sqrt{7}"), r"\sqrt{8}")]) == [False]  # no late verdict
+        assert (
+            checker.check([(boxed(SLOW + "+0"), SLOW), (boxed("7"), "7")]) == [True, True]
+            and checker.timeouts == 0
+        )
+
+
+def test_dead_worker_is_replaced() -> None:
+    with Checker(workers=1) as checker:
+        pair = (boxed(r"\sqrt{8}"), r"2\sqrt{2}")
+        assert checker.check([pair]) == [True]
+        worker = checker._idle.get()
+        checker._idle.put(worker)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        assert checker.check([pair]) == [True] and checker._idle.get().pid != worker.pid
+        checker._idle.put(None)
+
+
+def test_checker_works_in_another_thread_and_in_two() -> None:
+    results: list = []
+    pairs = [(boxed(r"\sqrt{8}"), r"2\sqrt{2}"), (boxed(r"\sqrt{9}"), r"2\sqrt{2}")]
+    with Checker(workers=1) as checker:
+        threads = [threading.Thread(target=lambda: results.append(checker.check(pairs))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert results == [[True, False]] * 2
+
+
+def test_checker_in_a_script_without_main_guard_neither_loads_torch_nor_runs_it_again(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import rewards\nprint('once')\nc = rewards.Checker(workers=1)\n"
+        r"print(c.check([(r'\boxed{\sqrt{8}}', r'2\sqrt{2}')]))"
+        "\nimport sys; print('torch' in sys.modules)\n"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(Path(rewards.__file__).parent))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout.split("\n") == ["once", "[True]", "False", ""], done.stderr
+
+
+def test_checker_rejects_impossible_options() -> None:
+    for options in ({"workers": -1}, {"time_limit": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Checker(**options)
+
+
+def test_length_reward_is_equation_11() -> None:
+    correct, lengths = [1, 1, 0, 1], [100, 200, 300, 400]  # mean 250
+    got = length_rewards(correct, lengths, alpha=0.01)
+    assert got == pytest.approx([1 / (1 + math.exp(-1.5)), 1 / (1 + math.exp(-0.5)), 0, 0.5])
+    assert length_rewards(correct, lengths, alpha=0) == correct == [1, 1, 0, 1]
+    assert length_rewards([1, 1], [0, 10**9], alpha=1.0) == [1.0, 0.5] and length_rewards([], [], 1.0) == []
+    with pytest.raises(ValueError, match="lengths"):
+        length_rewards([1], [1, 2], 0.1)
+
+
+@needs_shared
+def test_labelled_equivalences_at_least_99_percent() -> None:
+    cases = [r for r in rows("verifier/equivalences.jsonl") if not r["policy"]]
+    right = sum(is_correct(boxed(r["prediction"]), r["gold"]) == r["expected"] for r in cases)
+    assert right >= 0.99 * len(cases) and right > sum(r["math_verify"] == r["expected"] for r in cases)
+
+
+@needs_shared
+def test_math_verify_suite_at_least_95_percent() -> None:
+    cases = [r for r in rows("verifier/math_verify_tests.jsonl") if not r.get("suspect")]
+    assert sum(is_correct(r["prediction"], r["gold"]) == r["expected"] for r in cases) >= 0.95 * len(cases)
+
+
+@needs_shared
+def test_gsm8k_model_solutions_all_right() -> None:
+    cases = rows("verifier/gsm8k_model_solutions.jsonl")
+    assert [r for r in cases if is_correct(r["solution"], r["gold"], loose=False) != r["is_correct"]] == []
+
+
+@needs_shared
+def test_every_gold_equals_itself_or_is_reported() -> None:
+    golds = {
+        r["answer"] for path in sorted((SHARED / "data").glob("*.jsonl")) for r in rows(f"data/{path.name}")
+    }
+    unread = [g for g in golds if parse_error(g)]
+    assert len(unread) <= 5 and "np.arcsin(10/13)" in unread
+    assert [g for g in golds if not parse_error(g) and not is_correct(boxed(g), g)] == []
+
+
+@needs_shared
+def test_other_golds_are_no_false_positives() -> None:
+    golds = sorted({r["answer"] for r in rows("data/math500.jsonl")})
+    same = {
+        frozenset(p)
+        for p in [
+            ("36", r"\$36"),
+            (r"36^\circ", r"\$36"),
+            ("36", r"36^\circ"),
+            ("30", r"30^\circ"),
+            ("90", r"90^\circ"),
+            ("120", r"120^\circ"),
+            (r"\frac14", r"\frac{1}{4}"),
+            ("-2,1", "1,-2"),
+            ("15", r"15\mbox{ cm}^2"),
+            ("x=5", "5"),
+            (r"2\sqrt{5}", r"2 \sqrt{5}"),
+            (r"\pi", r"180^\circ"),
+            ("10080", r"10,\!080"),
+        ]
+    }
+    with Checker(workers=1) as checker:
+        pairs = [
+            (boxed(a), b)
+            for i, a in enumerate(golds)
+            for k, b in enumerate(golds)
+            if a != b and (i + k) % 20 == 0
+        ]
+        correct = [pair for pair, ok in zip(pairs, checker.check(pairs)) if ok]
+    assert {frozenset((a[7:-1], b)) for a, b in correct} <= same
+
+
+@needs_shared
+def test_hostile_file_in_a_thread_without_hang_or_exception() -> None:
+    cases, out = rows("verifier/hostile.jsonl"), []
+    with Checker(workers=1) as checker:
+        thread = threading.Thread(
+            target=lambda: out.extend(checker.check([(r["prediction"], r["gold"]) for r in cases]))
+        )
+        thread.start()
+        thread.join(60)
+        assert len(out) == len(cases) and checker.check_ms_max < 1000 and checker.timeouts == 0
+    assert [r["id"] for r, ok in zip(cases, out) if ok and r["expected"] is False] == []
+
+
+# ------------------------------------------------------------------------------------- data
+
+
+def load(source: str) -> list[data.Problem]:
+    return data.load_problems(source, "--data", rewards.extract_answer, lambda gold: None)
+
+
+def write(path: Path, *records: object) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return str(path)
+
+
+def test_problem_fields_and_answers_from_solutions(tmp_path, capsys):
+    source = write(tmp_path / "p.jsonl",
+                   {"problem": "a", "answer": "1"}, {"question": "b", "final_answer": 2},
+                   {"prompt": "c", "solution": "so 3 - 1 = 2\n#### 1,450"},
+                   {"problem": "d", "solution": r"hence \boxed{\frac{1}{2}} it is"},
+                   {"question": "e", "answer": "5 + 5 = <<5+5=10>>10\n#### 10"},
+                   {"problem": "f", "solution": "no answer here"}, {"problem": "a", "answer": "1"})
+    problems = load(source)
+    assert [(p.question, p.answer) for p in problems] == [("a", "1"), ("b", "2"), ("c", "1,450"),
+                                                          ("d", r"\frac{1}{2}"), ("e", "10")]
+    said = capsys.readouterr().out
+    assert "dropped 1 of 7: no answer" in said and "dropped 1 of 7: duplicate" in said
+    as_json = tmp_path / "p.json"
+    as_json.write_text(json.dumps([{"problem": "a", "answer": "1"}]))
+    assert load(str(as_json)) == problems[:1]  # same id in another file
+
+
+def test_prompt_follows_the_chat_template_and_ends_where_the_response_begins():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = data.encode_prompt(tokenizer, "What?")
+    assert tokenizer.decode(ids) == ("<|im_start|>system\nPlease reason step by step, and put your final answer within "
+                                     "\\boxed{}.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")
+    assert "user\nWhat?\n\nThink.<|im_end|>" in tokenizer.decode(data.encode_prompt(tokenizer, "What?", "Think.", "user"))
+    tokenizer.chat_template = None
+    assert tokenizer.decode(data.encode_prompt(tokenizer, "What?", "Think.")) == "Think.\n\nProblem: What?\n\nSolution:"
+
+
+def test_every_end_token_ends_a_response():
+    class Tokenizer:
+        eos_token_id, chat_template = 7, None
+
+    assert data.eos_ids(Tokenizer, [9, 7]) == (7, 9)
+    assert data.eos_ids(Tokenizer, 3) == (3, 7)
+    assert data.eos_ids(Tokenizer, None) == (7,)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    end, turn_end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    tokenizer.eos_token = "<|endoftext|>"  # as in a base model, whose chat turns end otherwise
+    assert data.eos_ids(tokenizer, None) == tuple(sorted((end, turn_end)))
+
+
+# ------------------------------------------------------------------------------------ train
+
+
+QUICK = ["--model", str(TINY), "--steps", "3", "--problems-per-step", "3", "--group-size", "4", "--max-prompt", "120",
+         "--max-response", "420", "--max-cut", "0.3", "--eval-problems", "6", "--cache-init-chunk", "6", "--lr", "1e-3",
+         "--warmup-steps", "0", "--device", "cpu", "--no-gradient-checkpointing", "--dynamic-rounds", "2"]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert train.main([*QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(finished):
+    metrics = lines_of(finished / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [0, 1, 2, 3]
+    assert "eval/accuracy" in metrics[0] and "eval/accuracy" in metrics[3]
+    glossary = Path(train.__file__).with_name("README.md").read_text()
+    for key in {key for m in metrics for key in m}:
+        assert f"`{key}`" in glossary, key
+    for m in metrics[1:]:
+        assert all(math.isfinite(v) for v in m.values())
+    trained = [m for m in metrics[1:] if m["group/trained"]]
+    assert trained and all(m["policy/grad_norm"] > 0 for m in trained)
+    # the sampling forward (one token at a time, shared keys) and the training forward (packed) are the same function
+    assert all(m["policy/sampling_gap_max"] < 1e-3 for m in trained)
+    before = AutoModelForCausalLM.from_pretrained(TINY)
+    after = AutoModelForCausalLM.from_pretrained(finished / "policy")
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert AutoTokenizer.from_pretrained(finished / "policy").chat_template
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["accuracy_before"] == metrics[0]["eval/accuracy"]
+    assert summary["accuracy_after"] == metrics[3]["eval/accuracy"]
+    assert json.loads((finished / "config.json").read_text())["group_size"] == 4
+
+
+def test_token_counts_agree_with_the_responses(finished):
+    metrics = lines_of(finished / "metrics.jsonl")[1:]
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = [m["group/sampled"] * 4 for m in metrics]
+    suffix = sum(n * m["response/suffix_length"] for n, m in zip(rows, metrics))
+    whole = sum(n * m["response/length"] for n, m in zip(rows, metrics))
+    assert summary["tokens_full_path"] == metrics[-1]["tokens/full_path"] == pytest.approx(whole)
+    initialisation = summary["tokens_generated"] - suffix
+    entries = metrics[-1]["cache/entries"]
+    assert 150 * entries < initialisation < 421 * entries  # one whole path per entry, and nothing else
+    visited = 3 * 3 * 2  # steps, problems, rounds at most; the cache holds what is visited and the chunk ahead
+    assert entries <= visited + 6
+    cached = lines_of(finished / "cache.jsonl")
+    assert len(cached) == entries
+    assert any(record["step"] > 0 for record in cached)
+
+
+def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    problems = {p.id: p for p in load(str(TINY / "train.jsonl"))}
+    for record in lines_of(finished / "cache.jsonl"):
+        text = tokenizer.decode(record["response_ids"])
+        assert record["response_ids"].count(tokenizer.eos_token_id) == text.endswith("<|im_end|>")
+        assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")
+        assert record["reward"] == 0 or rewards.is_correct(text.removesuffix("<|im_end|>"), problems[record["id"]].answer)
+    sample = lines_of(finished / "samples.jsonl")[0]
+    assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
+
+
+def test_same_seed_same_run_another_seed_another(finished, tmp_path):
+    for seed, same in (("0", True), ("1", False)):
+        out = tmp_path / seed
+        assert train.main([*QUICK, "--out", str(out), "--seed", seed]) == 0
+        assert (out / "cache.jsonl").read_bytes() == (finished / "cache.jsonl").read_bytes() if same else \
+            (out / "cache.jsonl").read_bytes() != (finished / "cache.jsonl").read_bytes()
+        weights = [(folder / "policy" / "model.safetensors").read_bytes() for folder in (out, finished)]
+        assert (weights[0] == weights[1]) == same
+
+
+def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
+    out = tmp_path / "full"
+    assert train.main([*QUICK, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05", "--updates-per-rollout", "3",
+                       "--out", str(out)]) == 0
+    metrics = lines_of(out / "metrics.jsonl")[1:]
+    assert all(m["response/prefix_length"] == 0 and m["tokens/generated"] == m["tokens/full_path"] for m in metrics)
+    assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)  # off-policy from the second update on
+    assert metrics[-1]["policy/kl_ref"] > 0  # moved away from the start
+    assert not (out / "cache.jsonl").exists()
+
+
+def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.rewards, "length_rewards", lambda correct, lengths, alpha: [0.0] * len(correct))
+    monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [False] * len(pairs))
+    out = tmp_path / "run"
+    assert train.main([*QUICK, "--out", str(out), "--eval-every", "0"]) == 0
+    before = AutoModelForCausalLM.from_pretrained(TINY)
+    after = AutoModelForCausalLM.from_pretrained(out / "policy")
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert {r["step"] for r in lines_of(out / "cache.jsonl")} >= {1, 2, 3}
+    assert json.loads((out / "summary.json").read_text())["accuracy_after"] is None
+
+
+def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
+    preset = tmp_path / "p.args"
+    preset.write_text("# a comment\n--algo grpo --steps 7\n--instruction 'two words'  # and another\n")
+    config = train.parse_config([f"@{preset}", "--steps", "9"])
+    assert (config.algo, config.steps, config.instruction) == ("grpo", 9, "two words")
+    assert (config.clip_high, config.aggregation, config.dynamic_rounds) == (0.2, "response", 1)
+    config = train.parse_config(["--clip-high", "0.25", "--rollout", "full"])
+    assert (config.algo, config.clip_high, config.clip_low, config.length_reward) == ("dapo", 0.25, 0.2, 0)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--max-cuts", "3"], "--max-cuts"), (["--max-cut", "0"], "--max-cut"), (["--max-cut", "-3"], "--max-cut"),
+    (["--max-cut", "1.5"], "--max-cut"), (["--group-size", "1"], "--group-size"), (["--steps", "x"], "--steps"),
+    (["--lr", "nan"], "--lr"), (["--temperature", "0"], "--temperature"), (["--epsilon", "1.1"], "--epsilon"),
+    (["--device", "tpu"], "--device"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "."], "--data"),
+    (["--model", "Unheard-of"], "Unheard-of"), (["--updates-per-rollout", "4"], "--updates-per-rollout"),
+    (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
+    (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args")])
+def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "out"
+    try:
+        code = train.main([*QUICK, "--out", str(out), *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2
+    assert word in message and message.startswith("train.py: error: ")
+    assert not out.exists()
+
+
+def expect_error(capsys, out: Path, *arguments: str) -> str:
+    assert train.main([*QUICK, "--out", str(out), *arguments]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    broken = write(tmp_path / "broken.jsonl", *[{"problem": str(i), "answer": "1"} for i in range(6)], '{"problem": ')
+    assert "line 7" in expect_error(capsys, out, "--data", broken)
+    nameless = write(tmp_path / "nameless.jsonl", {"text": "?", "answer": "1"})
+    assert "line 1" in expect_error(capsys, out, "--data", nameless)
+    empty = write(tmp_path / "empty.jsonl", {"problem": "no answer"})
+    assert "no problem left" in expect_error(capsys, out, "--data", empty)
+    folder = tmp_path / "no_weights"
+    folder.mkdir()
+    (folder / "config.json").write_text((TINY / "config.json").read_text())
+    assert "no weights" in expect_error(capsys, out, "--model", str(folder))
+    assert not out.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text("{}\n")
+    assert "holds another run" in expect_error(capsys, other)
+    assert os.listdir(other) == ["metrics.jsonl"]
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
+    assert "not enough disk" in expect_error(capsys, out)
+    assert not out.exists()
+
+
+def test_importing_a_module_has_no_side_effect_and_the_command_line_answers(tmp_path):
+    done = subprocess.run([sys.executable, train.__file__, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "--max-cut" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow  # the headline of the README: minutes
+def test_the_default_job_learns_and_generates_a_tenth_of_the_tokens(tmp_path):
+    preset = Path(train.__file__).with_name("presets") / "tiny.args"
+    assert train.main([f"@{preset}", "--model", str(TINY), "--seed", "1", "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.25
+    assert summary["tokens_generated"] <= 0.1 * summary["tokens_full_path"]
