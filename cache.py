@@ -28,8 +28,8 @@ def parse_max_cut(text: str) -> int | float:
         value = 0
     if isinstance(value, int) and value >= 1 or isinstance(value, float) and 0 < value <= 1:
         return value
-    raise ValueError(f"--max-cut {text}: give a whole number of tokens from 1 (300), or a fraction above 0 and "
-                     "at most 1 with a decimal point (0.5: half of the last group's shortest response)")
+    raise ValueError(f"--max-cut {text}: give a whole number of tokens from 1 (300), or a fraction above 0 "
+                     "and at most 1 with a decimal point (0.5: half of the last group's shortest response)")
 
 
 def cut(entry: Entry, max_cut: int | float, rng: np.random.Generator) -> list[int]:

@@ -56,7 +56,8 @@ def load_problems(source: str, option: str, find_answer: Callable[[str], str | N
             dropped["duplicate"] += 1
         elif error:
             dropped["gold answer cannot be checked"] += 1
-            tqdm.write(f"{option} {source}: {where}, id {problem.id}: answer {problem.answer[:60]!r}: {error}")
+            tqdm.write(f"{option} {source}: {where}, id {problem.id}: "
+                       f"answer {problem.answer[:60]!r}: {error}")
         else:
             problems[problem.id] = problem
     total = len(problems) + sum(dropped.values())
@@ -97,8 +98,8 @@ def _records_by_datasets(path: Path, source: str) -> Iterable[tuple[str, dict]]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"{source}: only .jsonl and .json are read without the optional package datasets, which "
-                         "is not installed: pip install datasets, or convert the file") from error
+        raise ValueError(f"{source}: only .jsonl and .json are read without the optional package datasets, "
+                         "which is not installed: pip install datasets, or convert the file") from error
     kind = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}.get(path.suffix)
     if kind is None:
         raise ValueError(f"{source}: the file name ends in none of .jsonl .json .parquet .csv .arrow")
@@ -133,7 +134,7 @@ def _download(source: str, option: str) -> Path:
     """One file of a hub data set."""
     repo, _, name = source.partition(":")
     if source.endswith((".jsonl", ".json")) and not name or repo.count("/") != 1:
-        raise ValueError(f"{option} {source}: no such file, nor the name of a hub data set, owner/name[:file]")
+        raise ValueError(f"{option} {source}: no such file, nor a hub data set owner/name[:file]")
     try:
         if not name:
             files = [f for f in HfApi().list_repo_files(repo, repo_type="dataset")
@@ -208,7 +209,7 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBa
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> tuple[int, ...]:
-    """Every id that ends a response: the tokenizer's, the generation config's, and what ends a turn of a chat.
+    """Every id that ends a response: the tokenizer's, the generation config's, and what ends a chat turn.
 
     The last one matters for base models, whose own end token is another (Qwen2.5: <|im_end|>, <|endoftext|>).
     """

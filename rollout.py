@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from data import Problem
-from rpo import Packed, hidden_states, is_shared
+from rpo import Packed, Span, hidden_states, is_shared
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
@@ -108,7 +108,7 @@ class Decoder:
         self.lens: list[int] = []  # per active row: suffix tokens stored
 
     def prefill(self, requests: list[Request]) -> torch.Tensor:
-        """Compute the contexts, packed, and store their keys and values; logits (rows, V) for the first tokens."""
+        """Compute and keep the contexts' keys and values, packed; logits (rows, V) of the first tokens."""
         logits = []
         while requests:
             ends = np.cumsum([len(r.context) for r in requests])
@@ -134,7 +134,7 @@ class Decoder:
                                torch.tensor(positions, device=self.device)[:, None], self)
         return self.model.get_output_embeddings()(states)
 
-    def _store_context(self, packed: Packed, span: tuple[int, int, int, int], rows: int) -> None:
+    def _store_context(self, packed: Packed, span: Span, rows: int) -> None:
         """Take one context's keys and values out of a prefill and give it `rows` rows."""
         start, p, _, _ = span
         if self.context_kv is None:
@@ -213,7 +213,7 @@ class Decoder:
 
 
 class PlainDecoder:
-    """For an architecture without shared-prefix attention: transformers' own cache, one per context. Slower."""
+    """For other architectures, slower: transformers' own cache, one per context."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.device = model, model.device
@@ -224,7 +224,8 @@ class PlainDecoder:
     def prefill(self, requests: list[Request]) -> torch.Tensor:
         logits = []
         for request in requests:
-            out = self.model(torch.tensor([request.context], device=self.device), use_cache=True, logits_to_keep=1)
+            ids = torch.tensor([request.context], device=self.device)
+            out = self.model(ids, use_cache=True, logits_to_keep=1)
             out.past_key_values.batch_repeat_interleave(len(request.seeds))
             self.caches[self.entered] = out.past_key_values
             self.owner += [self.entered] * len(request.seeds)
@@ -286,7 +287,8 @@ def check_memory(config: PreTrainedConfig, context_len: int, suffix_len: int, gr
                  memory: float, shared: bool = True) -> int:
     """How many groups of those sizes fit into `memory` GiB. Raises ValueError where not even one does.
 
-    config: of the model. shared: the context is stored once, not once per row. Counts keys and values, each row's logits and three copies of them, all in float32.
+    config: of the model. shared: the context is stored once, not once per row. Counts keys and values, each
+    row's logits and three copies of them, all in float32.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4

@@ -41,6 +41,8 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 
 # ---------------------------------------------------------------------------------------- shared prefix
 
+Span = tuple[int, int, int, int]  # (start, P, G, S): P context tokens, then G * S suffix tokens
+
 
 @dataclass
 class Packed:
@@ -51,7 +53,7 @@ class Packed:
     the tails of the shorter suffixes of a problem. [RPO-2]
     """
 
-    spans: list[tuple[int, int, int, int]]  # (start, P, G, S): P context tokens, then G * S suffix tokens
+    spans: list[Span]
     keep_kv: bool = False  # for decoding: keep the keys and values of each layer, (1, H_kv, N, D)
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -62,27 +64,70 @@ class Packed:
         if self.keep_kv:
             self.keys.append(key)
             self.values.append(value)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves float32 behind
         parts = []
         for start, p, g, s in self.spans:
-            q, k, v = (x[:, :, start:start + p + g * s] for x in (query, key, value))
-            context = F.scaled_dot_product_attention(q[:, :, :p], k[:, :, :p], v[:, :, :p], is_causal=True,
-                                                     scale=scaling, enable_gqa=True)
-            parts.append(context[0].transpose(0, 1))
+            q, k, v = (x[:, :, start:start + p] for x in (query, key, value))
+            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
+                                                        enable_gqa=True))
             if g * s:
-                parts.append(_attend_suffixes(q, k, v, p, g, s, scaling))
-        return torch.cat(parts).unsqueeze(0)
+                own = (x[:, :, start + p:start + p + g * s] for x in (query, key, value))
+                attend = _SplitAttention.apply if query.device.type == "cpu" else _attend_copies
+                parts.append(attend(*own, k, v, g, scaling))
+        return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-def _attend_suffixes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: int, g: int, s: int,
-                     scaling: float) -> torch.Tensor:
-    """Suffix part of one problem: q (1, H, P + G*S, D), k and v (1, H_kv, P + G*S, D) -> (G*S, H, D)."""
-    def rows(x: torch.Tensor) -> torch.Tensor:  # the suffixes as a batch: (G, heads, S, D)
-        return x[0, :, p:].unflatten(1, (g, s)).transpose(0, 1)
+def _rows(x: torch.Tensor, g: int) -> torch.Tensor:
+    """Suffixes as a batch: (1, heads, G*S, ...) -> (G, heads, S, ...)."""
+    return x[0].unflatten(1, (g, -1)).transpose(0, 1)
 
-    k_rows, v_rows = (torch.cat([x[:, :, :p].expand(g, -1, -1, -1), rows(x)], dim=2) for x in (k, v))
-    out = F.scaled_dot_product_attention(rows(q), k_rows, v_rows, attn_mask=causal_lower_right(s, p + s),
-                                         scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+class _SplitAttention(torch.autograd.Function):
+    """Attention of G suffixes to their one context and causally to themselves, without a copy of the context.
+
+    query (1, H, G*S, D), key and value (1, H_kv, G*S, D), those of the context (1, H_kv, P, D)
+    -> (1, H, G*S, D). Two fused calls merged by log-sum-exp (arXiv 2402.05099); the backward of each, given
+    the merged output and log-sum-exp, is its exact share of the gradient. These calls exist on the CPU only.
+    """
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
+                context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = attend(query, context_key, context_value, scale=scaling)
+        rows = (_rows(x, g) for x in (query, key, value))
+        own_out, own_lse = map(_packed, attend(*rows, is_causal=True, scale=scaling))
+        merged = torch.logaddexp(lse, own_lse)
+        scale, own_scale = ((x - merged).exp()[..., None] for x in (lse, own_lse))
+        out = (out * scale + own_out * own_scale).to(query.dtype)
+        ctx.save_for_backward(query, key, value, context_key, context_value, out, merged)
+        ctx.g, ctx.scaling = g, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, context_key, context_value, out, lse = ctx.saved_tensors
+        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, d_context_key, d_context_value = attend_backward(
+            grad, query, context_key, context_value, out, lse, 0.0, False, scale=ctx.scaling)
+        rows = [_rows(x, ctx.g) for x in (grad, query, key, value, out, lse)]
+        own_dq, dk, dv = map(_packed, attend_backward(*rows, 0.0, True, scale=ctx.scaling))
+        return dq + own_dq, dk, dv, d_context_key, d_context_value, None, None
+
+
+def _attend_copies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
+                   context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
+    """The same for other devices, whose fused kernels want the context copied for every suffix."""
+    query, key, value = (_rows(x, g) for x in (query, key, value))
+    key = torch.cat([context_key.expand(g, -1, -1, -1), key], dim=2)
+    value = torch.cat([context_value.expand(g, -1, -1, -1), value], dim=2)
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    return _packed(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
+                                                  enable_gqa=True))
 
 
 def _shared_prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
@@ -91,7 +136,7 @@ def _shared_prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: 
                              **unused) -> tuple[torch.Tensor, None]:
     """What transformers calls in every layer: hands over to `layout` (Packed here, Decoder in rollout.py)."""
     if layout is None:
-        raise ValueError("this model was loaded for shared-prefix attention: call it through hidden_states(); "
+        raise ValueError("this model was loaded for shared-prefix attention: call it by hidden_states(); "
                          "for ordinary use load it with AutoModelForCausalLM.from_pretrained")
     for option in ("sliding_window", "softcap"):
         if unused.get(option) is not None:
@@ -122,8 +167,8 @@ def load_policy(folder: str, device: torch.device, dtype: torch.dtype = torch.fl
 def use_shared_prefix(model: PreTrainedModel) -> str:
     """Switch `model` to shared-prefix attention, unless that is something else than its own plain forward.
 
-    Compares the two once and returns why the model keeps its own attention (sliding windows, soft caps, an attention
-    without that switch); "" where it is switched. `is_shared(model)` tells later.
+    Compares the two once and returns why the model keeps its own attention (sliding windows, soft caps, no
+    such switch); "" where it is switched. `is_shared(model)` tells later.
     """
     own = model.config._attn_implementation
     context, suffixes = [5, 3, 8, 2, 7, 1], [[4, 9, 6, 2], [1, 6, 3, 3]]
@@ -156,7 +201,7 @@ def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids:
     return out.last_hidden_state.flatten(0, 1)
 
 
-def _plain_states(model: PreTrainedModel, ids: torch.Tensor, spans: list[tuple[int, int, int, int]]) -> torch.Tensor:
+def _plain_states(model: PreTrainedModel, ids: torch.Tensor, spans: list[Span]) -> torch.Tensor:
     """The same from whole sequences, context repeated for each suffix: for any architecture. ids (N,)."""
     rows = [torch.cat([ids[start:start + p], ids[start + p + row * s:start + p + (row + 1) * s]])
             for start, p, g, s in spans for row in range(g)]
@@ -304,9 +349,9 @@ def policy_loss(logprobs: torch.Tensor, batch: Batch, denominator: int, *, clip_
                 aggregation: str, kl_coef: float = 0.0) -> tuple[torch.Tensor, dict[str, float]]:
     """Clipped surrogate with optional KL penalty (k3), to be minimised; suffix tokens only. [RPO-3]
 
-    logprobs (R, S) with gradient. batch.old_logprobs None means on-policy: the ratio is 1, its gradient that of
-    the log-prob. Returns the scalar loss, already divided by `denominator` (see update_denominator), and sums
-    over tokens for the log: clipped, approx_kl, kl_ref. Source: 2402.03300 eq. 3, 2503.14476 eq. 8.
+    logprobs (R, S) with gradient. batch.old_logprobs None means on-policy: the ratio is 1, its gradient that
+    of the log-prob. Returns the scalar loss, divided by `denominator` (see update_denominator), and sums over
+    tokens for the log: clipped, approx_kl, kl_ref. Source: 2402.03300 eq. 3, 2503.14476 eq. 8.
     """
     mask = batch.mask
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs

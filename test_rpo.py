@@ -1,4 +1,4 @@
-"""Tests: numbers derived by hand or by an independent path (a plain full-sequence forward, model.generate)."""
+"""Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
 import json
 import math
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM,
-                          Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
+                          LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 import cache
 import data
@@ -34,7 +34,7 @@ VOCAB = 60
 
 
 def random_model(kind: str, **sizes) -> torch.nn.Module:
-    """A small random model with grouped-query attention; weights large enough that its logits differ clearly."""
+    """A small random model with grouped-query attention; weights so large that its logits differ clearly."""
     config_class, model_class = ARCHITECTURES[kind]
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, vocab_size=VOCAB + 4, max_position_embeddings=256,
@@ -49,7 +49,7 @@ def shared(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """float64 throughout: transformers computes RMSNorm in float32 whatever the model, which hides errors of 1e-9."""
+    """float64 throughout: transformers computes RMSNorm in float32 always, which hides errors of 1e-9."""
     model = model.double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -64,7 +64,7 @@ def token_lists(seed: int, lengths: list[int]) -> list[list[int]]:
 
 
 def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """An ordinary forward over one whole sequence (sdpa: eager has its softmax in float32 whatever the model)."""
+    """An ordinary forward over one whole sequence (sdpa: eager has its softmax in float32 always)."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"
     try:
@@ -78,8 +78,8 @@ def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 def greedy_by_generate(model, context: list[int], budget: int, eos: tuple[int, ...]) -> list[int]:
     config = GenerationConfig(do_sample=False, max_new_tokens=budget, eos_token_id=list(eos), pad_token_id=0)
-    out = model.generate(torch.tensor([context]), attention_mask=torch.ones(1, len(context), dtype=torch.long),
-                         generation_config=config)
+    ids = torch.tensor([context])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return out[0, len(context):].tolist()
 
 
@@ -93,7 +93,8 @@ def test_greedy_equals_generate_for_ragged_prefixes(kind, memory):
     eos = (free[0][4], free[5][2])  # ids that do come up, so that rows leave early and at different times
     expected = [greedy_by_generate(model, c, b, eos) for c, b in zip(contexts, budgets)]
     assert len({len(e) for e in expected}) > 3
-    requests = [rollout.Request(c, b, [(0,)] * g) for c, b, g in zip(contexts, budgets, [1, 3, 2, 1, 4, 2, 3, 1])]
+    groups = [1, 3, 2, 1, 4, 2, 3, 1]
+    requests = [rollout.Request(c, b, [(0,)] * g) for c, b, g in zip(contexts, budgets, groups)]
     how = rollout.Sampling(eos, VOCAB, temperature=0)
     results = rollout.generate(shared(model), requests, how, memory)
     for request, suffixes, want in zip(requests, results, expected):
@@ -113,7 +114,8 @@ def test_sampled_logprobs_are_those_of_a_plain_forward(kind):
     for request, suffixes in zip(requests, rollout.generate(model, requests, how, 1.0)):
         assert len({tuple(s.ids) for s in suffixes}) > 1
         for suffix in suffixes:
-            logits = plain_logits(model, request.context + suffix.ids)[len(request.context) - 1:-1, :VOCAB] / 0.7
+            logits = plain_logits(model, request.context + suffix.ids)
+            logits = logits[len(request.context) - 1:-1, :VOCAB] / 0.7
             want = logits.log_softmax(-1)[range(len(suffix.ids)), suffix.ids]
             assert torch.allclose(torch.tensor(suffix.logprobs), want, atol=1e-4)
 
@@ -192,11 +194,13 @@ def items_for(rows: list[list[int]], contexts: list[int], seed: int = 5) -> list
     items = []
     for i, (context, lengths) in enumerate(zip(token_lists(seed, contexts), rows)):
         advantages = rng.normal(size=len(lengths)).astype(np.float32).tolist()
-        items.append(rpo.Item(context, token_lists(seed + i + 1, lengths), advantages, [[0.0] * n for n in lengths]))
+        suffixes = token_lists(seed + i + 1, lengths)
+        items.append(rpo.Item(context, suffixes, advantages, [[0.0] * n for n in lengths]))
     return items
 
 
-ITEMS = items_for([[4, 1, 7], [1, 1, 1], [5, 2, 9]], [6, 19, 1])  # suffixes of one token, a context of one token
+# suffixes of one token, a context of one token
+ITEMS = items_for([[4, 1, 7], [1, 1, 1], [5, 2, 9]], [6, 19, 1])
 
 
 def plain_logprobs(model, item: rpo.Item, row: int, temperature: float, vocab: int) -> torch.Tensor:
@@ -282,7 +286,7 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
     assert not got[~batch.mask].any()
     for (algo, kl_coef), (loss, grads) in expected.items():
         for checkpointing in (False, True):
-            for tokens_per_forward in (1, 40, 10_000):  # rows one by one, about one problem, everything at once
+            for tokens_per_forward in (1, 40, 10_000):  # row by row, about one problem, all at once
                 if checkpointing:
                     model.activation_checkpointing_enable({"use_reentrant": False})
                     model.train()
@@ -291,7 +295,7 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
                 model.eval()
                 assert value == pytest.approx(loss, rel=bound * 10)
                 for name, parameter in model.named_parameters():
-                    assert relative_error(parameter.grad, grads[name]) < bound, (name, algo, tokens_per_forward)
+                    assert relative_error(parameter.grad, grads[name]) < bound, (name, algo)
 
 
 def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
@@ -300,7 +304,8 @@ def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 5 * VOCAB)
     calls = []
-    monkeypatch.setattr(rpo, "checkpoint", lambda f, *a, **k: calls.append(1) or torch.utils.checkpoint.checkpoint(f, *a, **k))
+    checkpoint = rpo.checkpoint
+    monkeypatch.setattr(rpo, "checkpoint", lambda f, *a, **k: calls.append(1) or checkpoint(f, *a, **k))
     loss_over(model, ITEMS, "dapo", 1.0, 10_000)
     assert len(calls) == math.ceil(sum(len(s) for item in ITEMS for s in item.suffixes) / 5)
     for name, parameter in model.named_parameters():
@@ -315,8 +320,10 @@ def test_micro_batches_keep_within_the_budget_and_lose_nothing():
             tokens = sum(item.packed_tokens for item in part)
             assert tokens == rpo.pack(part).input_ids.numel()
             assert tokens <= budget or len(part) == 1 and len(part[0].suffixes) == 1
-        assert sorted(s for p in parts for x in p for s in x.suffixes) == sorted(s for x in items for s in x.suffixes)
-        assert sorted(a for p in parts for x in p for a in x.advantages) == sorted(a for x in items for a in x.advantages)
+        pieces = [x for part in parts for x in part]
+        for name in ("suffixes", "advantages"):
+            assert sorted(v for x in pieces for v in getattr(x, name)) == \
+                sorted(v for x in items for v in getattr(x, name))
 
 
 # ------------------------------------------------------------------------------- objectives
@@ -365,7 +372,8 @@ def test_kl_penalty_by_hand():
     batch = hand_batch([0.0], [2])
     batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.2)]])
     logprobs = torch.tensor([[math.log(0.25), math.log(0.4)]])
-    loss, stats = rpo.policy_loss(logprobs, batch, 2, clip_low=0.2, clip_high=0.2, aggregation="token", kl_coef=0.1)
+    loss, stats = rpo.policy_loss(logprobs, batch, 2, clip_low=0.2, clip_high=0.2, aggregation="token",
+                                  kl_coef=0.1)
     k3 = (2 - math.log(2) - 1) + (0.5 - math.log(0.5) - 1)
     assert stats["kl_ref"] == pytest.approx(k3, abs=1e-6)
     assert loss.item() == pytest.approx(0.1 * k3 / 2, abs=1e-6)
@@ -378,8 +386,8 @@ def entry(tokens: int, shortest: int) -> cache.Entry:
     return cache.Entry(list(range(tokens)), 1.0, shortest, 0)
 
 
-@pytest.mark.parametrize("max_cut, tokens, shortest, limit", [(20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50),
-                                                              (1.0, 40, 60, 40), (0.01, 50, 30, 1)])
+@pytest.mark.parametrize("max_cut, tokens, shortest, limit", [
+    (20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50), (1.0, 40, 60, 40), (0.01, 50, 30, 1)])
 def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     rng = np.random.default_rng(0)
     draws = 400 * limit
@@ -882,11 +890,14 @@ def test_problem_fields_and_answers_from_solutions(tmp_path, capsys):
 def test_prompt_follows_the_chat_template_and_ends_where_the_response_begins():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = data.encode_prompt(tokenizer, "What?")
-    assert tokenizer.decode(ids) == ("<|im_start|>system\nPlease reason step by step, and put your final answer within "
-                                     "\\boxed{}.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")
-    assert "user\nWhat?\n\nThink.<|im_end|>" in tokenizer.decode(data.encode_prompt(tokenizer, "What?", "Think.", "user"))
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")
+    ids = data.encode_prompt(tokenizer, "What?", "Think.", "user")
+    assert "user\nWhat?\n\nThink.<|im_end|>" in tokenizer.decode(ids)
     tokenizer.chat_template = None
-    assert tokenizer.decode(data.encode_prompt(tokenizer, "What?", "Think.")) == "Think.\n\nProblem: What?\n\nSolution:"
+    ids = data.encode_prompt(tokenizer, "What?", "Think.")
+    assert tokenizer.decode(ids) == "Think.\n\nProblem: What?\n\nSolution:"
 
 
 def test_every_end_token_ends_a_response():
@@ -905,9 +916,9 @@ def test_every_end_token_ends_a_response():
 # ------------------------------------------------------------------------------------ train
 
 
-QUICK = ["--model", str(TINY), "--steps", "3", "--problems-per-step", "3", "--group-size", "4", "--max-prompt", "120",
-         "--max-response", "420", "--max-cut", "0.3", "--eval-problems", "6", "--cache-init-chunk", "6", "--lr", "1e-3",
-         "--warmup-steps", "0", "--device", "cpu", "--no-gradient-checkpointing", "--dynamic-rounds", "2"]
+QUICK = ["--model", str(TINY), "--device", "cpu", "--no-gradient-checkpointing", "--eval-problems", "6",
+         *("--steps 3 --problems-per-step 3 --group-size 4 --max-prompt 120 --max-response 420 --max-cut 0.3 "
+           "--cache-init-chunk 6 --lr 1e-3 --warmup-steps 0 --dynamic-rounds 2").split()]
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -932,7 +943,7 @@ def test_a_run_leaves_what_the_readme_says(finished):
         assert all(math.isfinite(v) for v in m.values())
     trained = [m for m in metrics[1:] if m["group/trained"]]
     assert trained and all(m["policy/grad_norm"] > 0 for m in trained)
-    # the sampling forward (one token at a time, shared keys) and the training forward (packed) are the same function
+    # sampling forward (one token at a time, shared keys) and training forward (packed) are the same function
     assert all(m["policy/sampling_gap_max"] < 1e-3 for m in trained)
     before = AutoModelForCausalLM.from_pretrained(TINY)
     after = AutoModelForCausalLM.from_pretrained(finished / "policy")
@@ -954,7 +965,7 @@ def test_token_counts_agree_with_the_responses(finished):
     initialisation = summary["tokens_generated"] - suffix
     entries = metrics[-1]["cache/entries"]
     assert 150 * entries < initialisation < 421 * entries  # one whole path per entry, and nothing else
-    visited = 3 * 3 * 2  # steps, problems, rounds at most; the cache holds what is visited and the chunk ahead
+    visited = 3 * 3 * 2  # steps, problems, rounds at most; cached is what is visited and the chunk ahead
     assert entries <= visited + 6
     cached = lines_of(finished / "cache.jsonl")
     assert len(cached) == entries
@@ -968,7 +979,8 @@ def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
         text = tokenizer.decode(record["response_ids"])
         assert record["response_ids"].count(tokenizer.eos_token_id) == text.endswith("<|im_end|>")
         assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")
-        assert record["reward"] == 0 or rewards.is_correct(text.removesuffix("<|im_end|>"), problems[record["id"]].answer)
+        answer = problems[record["id"]].answer
+        assert record["reward"] == 0 or is_correct(text.removesuffix("<|im_end|>"), answer)
     sample = lines_of(finished / "samples.jsonl")[0]
     assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
 
@@ -985,11 +997,13 @@ def test_same_seed_same_run_another_seed_another(finished, tmp_path):
 
 def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
     out = tmp_path / "full"
-    assert train.main([*QUICK, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05", "--updates-per-rollout", "3",
-                       "--out", str(out)]) == 0
+    assert train.main([*QUICK, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05",
+                       "--updates-per-rollout", "3", "--out", str(out)]) == 0
     metrics = lines_of(out / "metrics.jsonl")[1:]
-    assert all(m["response/prefix_length"] == 0 and m["tokens/generated"] == m["tokens/full_path"] for m in metrics)
-    assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)  # off-policy from the second update on
+    assert all(m["response/prefix_length"] == 0 for m in metrics)
+    assert all(m["tokens/generated"] == m["tokens/full_path"] for m in metrics)
+    # off-policy from the second update on
+    assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)
     assert metrics[-1]["policy/kl_ref"] > 0  # moved away from the start
     assert not (out / "cache.jsonl").exists()
 
@@ -1017,10 +1031,10 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--max-cuts", "3"], "--max-cuts"), (["--max-cut", "0"], "--max-cut"), (["--max-cut", "-3"], "--max-cut"),
-    (["--max-cut", "1.5"], "--max-cut"), (["--group-size", "1"], "--group-size"), (["--steps", "x"], "--steps"),
+    (["--max-cuts", "3"], "--max-cuts"), (["--max-cut", "0"], "--max-cut"), (["--max-cut", "-3"], "-3"),
+    (["--max-cut", "1.5"], "--max-cut"), (["--group-size", "1"], "--group-size"), (["--steps", "x"], "x"),
     (["--lr", "nan"], "--lr"), (["--temperature", "0"], "--temperature"), (["--epsilon", "1.1"], "--epsilon"),
-    (["--device", "tpu"], "--device"), (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "."], "--data"),
+    (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "."], "--data"), (["--device", "tpu"], "tpu"),
     (["--model", "Unheard-of"], "Unheard-of"), (["--updates-per-rollout", "4"], "--updates-per-rollout"),
     (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
     (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args")])
@@ -1044,7 +1058,8 @@ def expect_error(capsys, out: Path, *arguments: str) -> str:
 
 def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    broken = write(tmp_path / "broken.jsonl", *[{"problem": str(i), "answer": "1"} for i in range(6)], '{"problem": ')
+    six = [{"problem": str(i), "answer": "1"} for i in range(6)]
+    broken = write(tmp_path / "broken.jsonl", *six, '{"problem": ')
     assert "line 7" in expect_error(capsys, out, "--data", broken)
     nameless = write(tmp_path / "nameless.jsonl", {"text": "?", "answer": "1"})
     assert "line 1" in expect_error(capsys, out, "--data", nameless)
@@ -1066,7 +1081,8 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
 
 
 def test_importing_a_module_has_no_side_effect_and_the_command_line_answers(tmp_path):
-    done = subprocess.run([sys.executable, train.__file__, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, train.__file__, "--help"], capture_output=True, text=True,
+                          cwd=tmp_path)
     assert done.returncode == 0 and "--max-cut" in done.stdout
     assert os.listdir(tmp_path) == []
 
@@ -1074,7 +1090,8 @@ def test_importing_a_module_has_no_side_effect_and_the_command_line_answers(tmp_
 @pytest.mark.slow  # the headline of the README: minutes
 def test_the_default_job_learns_and_generates_a_tenth_of_the_tokens(tmp_path):
     preset = Path(train.__file__).with_name("presets") / "tiny.args"
-    assert train.main([f"@{preset}", "--model", str(TINY), "--seed", "1", "--out", str(tmp_path / "run")]) == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    out = tmp_path / "run"
+    assert train.main([f"@{preset}", "--model", str(TINY), "--seed", "1", "--out", str(out)]) == 0
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.25
     assert summary["tokens_generated"] <= 0.1 * summary["tokens_full_path"]

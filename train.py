@@ -87,11 +87,11 @@ class Config:
     grad_clip: float = option(1.0, "largest gradient norm")
     # the machine
     device: str = option("auto", "auto: cuda if there, else cpu")
-    dtype: str = option("auto", "of the computation, weights stay float32; auto: bfloat16 on cuda, or float32",
+    dtype: str = option("auto", "of computation; weights stay float32; auto: bfloat16 on cuda, else float32",
                         ("auto", "float32", "bfloat16"))
     tokens_per_forward: int = option(16384, "packed tokens of a micro-batch; the gradient is the same")
     gradient_checkpointing: bool = option(True, "compute layers again in the backward pass: less memory")
-    rollout_memory: float = option(0.0, "GiB for keys and values; 0: half of what a GPU has free, CPU: a quarter")
+    rollout_memory: float = option(0.0, "GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     # the run
     eval_every: int = option(50, "steps between evaluations, also at start and end; 0: never")
     save_every: int = option(50, "steps between saves of the policy, also at the end; 0: only at the end")
@@ -205,8 +205,8 @@ def prepare(config: Config) -> Run:
                                   config.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
     if not problems or config.eval_every and not held_out:
-        raise ValueError(f"--data, --eval-data: no problem left, {len(problems)} to train on and {len(held_out)} "
-                         f"held out; look at what was dropped, and at --max-prompt {config.max_prompt}")
+        raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
+                         f"{len(held_out)} held out; look at what was dropped, and at --max-prompt {config.max_prompt}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
@@ -214,8 +214,8 @@ def prepare(config: Config) -> Run:
     model = rpo.load_policy(folder, device)
     window = getattr(model.config, "max_position_embeddings", None)
     if window and config.max_prompt + config.max_response > window:
-        raise ValueError(f"--max-prompt {config.max_prompt} and --max-response {config.max_response}: together "
-                         f"more than the {window} positions of {config.model}; lower one of them")
+        raise ValueError(f"--max-prompt {config.max_prompt} and --max-response {config.max_response}: "
+                         f"together more than the {window} positions of {config.model}; lower one of them")
     memory = config.rollout_memory or rollout.default_memory(device)
     rollout.check_memory(model.config, config.max_prompt + config.max_response, config.max_response,
                          config.group_size, memory, rpo.is_shared(model))

@@ -31,9 +31,9 @@ CHAT_TEMPLATE = (
 def make_problem(rng: random.Random, slip: float = 0.0) -> dict[str, str]:
     """One problem with its worked solution. Every line asks for the same, wherever it stands.
 
-    slip: probability of forgetting the carry into the hundreds (497+5=402) and going on from there. Counting down
-    makes the end plain to see: counting up, a small model adds without error long before it stops at the right
-    line. Two numbers in turn: with one alone the last digits repeat, and a model that copies them need not add.
+    slip: probability of forgetting the carry into the hundreds (497+5=402) and going on from there. Counting
+    down makes the end plain to see: counting up, a small model adds without error long before it stops at the
+    right line. Two numbers in turn: with one the last digits repeat, and a model that copies need not add.
     """
     count = rng.randint(18, 26)
     addends = rng.sample(range(2, 6), 2)
@@ -81,8 +81,9 @@ def make_tokenizer(problems: list[dict[str, str]], vocab_size: int) -> Qwen2Toke
     bpe.train_from_iterator(corpus, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
-        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], unk_token=None, eos_token=END,
-        pad_token=PAD, additional_special_tokens=[START], chat_template=CHAT_TEMPLATE, model_max_length=1024,
+        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], unk_token=None,
+        eos_token=END, pad_token=PAD, additional_special_tokens=[START], chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
     )
 
 
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=256, help="problems in train.jsonl")
     parser.add_argument("--test", type=int, default=256, help="problems in test.jsonl, none of them in train")
-    parser.add_argument("--slip", type=float, default=0.62, help="share of forgotten carries in demonstrations")
+    parser.add_argument("--slip", type=float, default=0.62, help="share of carries forgotten when shown")
     parser.add_argument("--short-steps", type=int, default=200, help="steps on the first lines of solutions")
     parser.add_argument("--steps", type=int, default=600, help="supervised steps in all")
     parser.add_argument("--batch", type=int, default=16, help="problems per supervised step")
