@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
@@ -73,29 +74,46 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, how: Sampling) -> tuple
     The log-prob is that of the whole distribution at the temperature, before top-k and top-p.
     """
     logits = logits[:, :how.vocab_size].float()
+    scaled = logits if how.temperature in (0, 1) else logits / how.temperature
+    top = scaled.amax(-1, keepdim=True)
+    weights = (scaled - top).exp_()
+    normaliser = top[:, 0] + weights.sum(-1).log()
     if how.temperature == 0:
         ids = logits.argmax(-1)
-        return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    logprobs = (logits / how.temperature).log_softmax(-1)
-    probs = logprobs.exp()
-    if how.top_k or how.top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        drop = ranked.cumsum(-1) - ranked >= how.top_p  # the token that crosses top_p stays
-        if how.top_k:
-            drop[:, how.top_k:] = True
-        probs = probs.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
-    cumulative = probs.cumsum(-1)
-    # below the total even after rounding, so that an id of probability 0 is never reached
-    threshold = uniforms * (1 - 2**-22) * cumulative[:, -1]
-    ids = torch.searchsorted(cumulative, threshold[:, None], right=True)
-    return ids[:, 0], logprobs.gather(1, ids)[:, 0]
+    else:
+        if how.top_k or how.top_p < 1:
+            ranked, order = weights.sort(-1, descending=True)
+            mass = ranked.cumsum(-1)
+            drop = mass - ranked >= how.top_p * mass[:, -1:]  # the token that crosses top_p stays
+            if how.top_k:
+                drop[:, how.top_k:] = True
+            weights = weights.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
+        ids = _invert(weights, uniforms)
+    return ids, scaled.gather(1, ids[:, None])[:, 0] - normaliser
+
+
+def _invert(weights: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """First column where the running sum of `weights` (R, V) exceeds `uniforms` (R,) of the total.
+
+    In two steps, the block and then the column in it: running sums over a whole vocabulary are slow. Thresholds
+    stay below the sums even after rounding, so that a weight of 0 is never reached.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
+    sums = blocks.sum(-1).cumsum(-1)
+    threshold = (uniforms * (1 - 2**-22) * sums[:, -1])[:, None]
+    which = torch.searchsorted(sums, threshold, right=True)
+    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0].cumsum(-1)
+    before = F.pad(sums, (1, 0)).gather(1, which)
+    rest = torch.minimum(threshold - before, inside[:, -1:] * (1 - 2**-22))
+    return (which * block + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 class Decoder:
     """Keys and values of everything in flight, and the attention of one decode step over them.
 
-    Slots: n contexts (per layer keys of shape (n, H_kv, P, D)) and R rows of suffixes ((R, H_kv, S, D)). The
-    first ones are active; one that leaves is filled by the last. Memory grows as P + G*S, not G*(P + S).
+    Slots for contexts (per layer keys (contexts, H_kv, P, D)) and for rows of suffixes ((rows, H_kv, S, D)),
+    allocated once and written in place. The first ones are active; one that leaves is filled by the last.
+    Memory grows as P + G*S, not G*(P + S).
     """
 
     def __init__(self, model: PreTrainedModel, contexts: int, rows: int, context_len: int, suffix_len: int):
@@ -103,28 +121,44 @@ class Decoder:
         self.sizes = (contexts, rows, context_len, suffix_len)
         self.context_kv: torch.Tensor | None = None  # (2, layers, contexts, H_kv, context_len, D)
         self.suffix_kv: torch.Tensor | None = None  # (2, layers, rows, H_kv, suffix_len, D)
+        self.names: list[int] = []  # per active context slot: whose it is
         self.context_lens: list[int] = []  # per active context slot
         self.owner: list[int] = []  # per active row: its context slot
         self.lens: list[int] = []  # per active row: suffix tokens stored
 
-    def prefill(self, requests: list[Request]) -> torch.Tensor:
-        """Compute and keep the contexts' keys and values, packed; logits (rows, V) of the first tokens."""
-        logits = []
-        while requests:
-            ends = np.cumsum([len(r.context) for r in requests])
+    def prefill(self, contexts: dict[int, list[int]]) -> torch.Tensor:
+        """Compute the contexts, packed, and store their keys and values; logits (n, V) after each."""
+        names, logits = list(contexts), []
+        while names:
+            ends = np.cumsum([len(contexts[name]) for name in names])
             fit = max(1, int(np.searchsorted(ends, PREFILL_TOKENS, side="right")))
-            part, ends, requests = requests[:fit], ends[:fit], requests[fit:]
-            ids = torch.tensor([[t for r in part for t in r.context]], device=self.device)
-            positions = torch.tensor([[t for r in part for t in range(len(r.context))]], device=self.device)
-            spans = [(int(end) - len(r.context), len(r.context), 0, 0) for r, end in zip(part, ends)]
-            packed = Packed(spans, keep_kv=True)
-            states = hidden_states(self.model, ids, positions, packed)
-            for request, span in zip(part, spans):
-                self._store_context(packed, span, len(request.seeds))
-            last = self.model.get_output_embeddings()(states[torch.tensor(ends - 1, device=self.device)])
-            rows = torch.tensor([len(r.seeds) for r in part], device=self.device)
-            logits.append(last.repeat_interleave(rows, dim=0))
+            part, ends, names = names[:fit], ends[:fit], names[fit:]
+            lens = [len(contexts[name]) for name in part]
+            ids = torch.tensor([[t for name in part for t in contexts[name]]], device=self.device)
+            positions = torch.tensor([[t for n in lens for t in range(n)]], device=self.device)
+            spans = [(int(end) - n, n, 0, 0) for n, end in zip(lens, ends)]
+            states = hidden_states(self.model, ids, positions, Packed(spans, self._store_contexts))
+            last = torch.tensor(ends - 1, device=self.device)
+            logits.append(self.model.get_output_embeddings()(states[last]))
+            self.names += part
+            self.context_lens += lens
         return torch.cat(logits)
+
+    def _store_contexts(self, spans: list[Span], layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take the contexts' keys and values of one layer, (1, H_kv, N, D), while they are computed."""
+        if self.context_kv is None:
+            contexts, rows, context_len, suffix_len = self.sizes
+            layers, (_, heads, _, dim) = self.model.config.num_hidden_layers, value.shape
+            make = value.new_zeros  # finite everywhere: a masked weight 0 times NaN would be NaN
+            self.context_kv = make(2, layers, contexts, heads, context_len, dim)
+            self.suffix_kv = make(2, layers, rows, heads, suffix_len, dim)
+        for slot, (start, p, _, _) in enumerate(spans, len(self.names)):
+            for kind, x in enumerate((key, value)):
+                self.context_kv[kind, layer, slot, :, :p] = x[0, :, start:start + p]
+
+    def add_row(self, name: int) -> None:
+        self.owner.append(self.names.index(name))
+        self.lens.append(0)
 
     def decode(self, ids: list[int]) -> torch.Tensor:
         """Feed one token per row; logits (R, V) for the next."""
@@ -134,32 +168,15 @@ class Decoder:
                                torch.tensor(positions, device=self.device)[:, None], self)
         return self.model.get_output_embeddings()(states)
 
-    def _store_context(self, packed: Packed, span: Span, rows: int) -> None:
-        """Take one context's keys and values out of a prefill and give it `rows` rows."""
-        start, p, _, _ = span
-        if self.context_kv is None:
-            _, heads, _, dim = packed.keys[0].shape
-            contexts, all_rows, context_len, suffix_len = self.sizes
-            make = packed.keys[0].new_zeros  # finite everywhere: a masked weight 0 times NaN would be NaN
-            self.context_kv = make(2, len(packed.keys), contexts, heads, context_len, dim)
-            self.suffix_kv = make(2, len(packed.keys), all_rows, heads, suffix_len, dim)
-        slot = len(self.context_lens)
-        for kind, layers in enumerate((packed.keys, packed.values)):
-            for layer, x in enumerate(layers):
-                self.context_kv[kind, layer, slot, :, :p] = x[0, :, start:start + p]
-        self.context_lens.append(p)
-        self.owner += [slot] * rows
-        self.lens += [0] * rows
-
-    def keep_rows(self, keep: list[int]) -> None:
-        """Drop all rows but `keep`; the new row i is the old row keep[i]. Contexts without rows go too."""
-        self._move(self.suffix_kv, keep, max(self.lens))
-        self.owner = [self.owner[i] for i in keep]
-        self.lens = [self.lens[i] for i in keep]
-        slots = _fill_holes(len(self.context_lens), set(self.owner))
-        if len(slots) < len(self.context_lens):
+    def keep(self, rows: list[int], names: set[int]) -> None:
+        """Drop all rows but `rows`, the new row i being the old rows[i], and all contexts but `names`."""
+        self._move(self.suffix_kv, rows, max(self.lens))
+        self.owner = [self.owner[i] for i in rows]
+        self.lens = [self.lens[i] for i in rows]
+        slots = _fill_holes(len(self.names), {i for i, name in enumerate(self.names) if name in names})
+        if len(slots) < len(self.names):
             self._move(self.context_kv, slots, max(self.context_lens))
-            self.context_lens = [self.context_lens[i] for i in slots]
+            self.context_lens, self.names = ([x[i] for i in slots] for x in (self.context_lens, self.names))
             new_slot = {old: new for new, old in enumerate(slots)}
             self.owner = [new_slot[i] for i in self.owner]
 
@@ -180,6 +197,7 @@ class Decoder:
         self.lanes = max(lanes)  # most rows of a context
         self.cells = torch.tensor([s * self.lanes + x for s, x in zip(self.owner, lane)], device=device)
         self.dense = self.cells.tolist() == list(range(n * self.lanes))
+        self.rows = torch.arange(len(self.lens), device=device)
         self.positions = torch.tensor(self.lens, device=device)
         self.p, self.s = max(self.context_lens), max(self.lens) + 1
         p_lens = torch.tensor(self.context_lens, device=device)
@@ -199,8 +217,8 @@ class Decoder:
         rows, heads, _, dim = query.shape
         kv_heads, n = key.shape[1], len(self.context_lens)
         for kind, x in enumerate((key, value)):
-            self.suffix_kv[kind, layer, torch.arange(rows, device=x.device), :, self.positions] = x[:, :, 0]
-        q = (query[:, :, 0] * scaling).view(rows, kv_heads, heads // kv_heads, dim)
+            self.suffix_kv[kind, layer, self.rows, :, self.positions] = x[:, :, 0].to(value.dtype)
+        q = (query[:, :, 0] * scaling).to(value.dtype).view(rows, kv_heads, heads // kv_heads, dim)
         own = _partial(q, *self.suffix_kv[:, layer, :rows, :, :self.s], self.s_mask)
         if not self.dense:
             q = q.new_zeros(n * self.lanes, *q.shape[1:]).index_copy(0, self.cells, q)
@@ -213,44 +231,49 @@ class Decoder:
 
 
 class PlainDecoder:
-    """For other architectures, slower: transformers' own cache, one per context."""
+    """For other architectures, slower: transformers' own cache, one per context. Rows of it come together."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.device = model, model.device
         self.caches: dict[int, Cache] = {}
         self.owner: list[int] = []  # per row: its cache
-        self.entered = 0
 
-    def prefill(self, requests: list[Request]) -> torch.Tensor:
+    @property
+    def names(self) -> list[int]:
+        return list(self.caches)
+
+    def prefill(self, contexts: dict[int, list[int]]) -> torch.Tensor:
         logits = []
-        for request in requests:
-            ids = torch.tensor([request.context], device=self.device)
+        for name, context in contexts.items():
+            ids = torch.tensor([context], device=self.device)
             out = self.model(ids, use_cache=True, logits_to_keep=1)
-            out.past_key_values.batch_repeat_interleave(len(request.seeds))
-            self.caches[self.entered] = out.past_key_values
-            self.owner += [self.entered] * len(request.seeds)
-            logits.append(out.logits[0].expand(len(request.seeds), -1))
-            self.entered += 1
+            self.caches[name] = out.past_key_values
+            logits.append(out.logits[0])
         return torch.cat(logits)
+
+    def add_row(self, name: int) -> None:
+        self.owner.append(name)
 
     def decode(self, ids: list[int]) -> torch.Tensor:
         logits: list[torch.Tensor] = [None] * len(ids)
-        for owner, kv in self.caches.items():
-            rows = [i for i, o in enumerate(self.owner) if o == owner]  # of one length: no padding, no mask
+        for name, kv in self.caches.items():
+            rows = [i for i, owner in enumerate(self.owner) if owner == name]  # of one length: no mask
+            if kv.layers[0].keys.shape[0] < len(rows):  # all enter together, before their first token
+                kv.batch_repeat_interleave(len(rows))
             tokens = torch.tensor([[ids[i]] for i in rows], device=self.device)
             for i, row in zip(rows, self.model(tokens, past_key_values=kv, use_cache=True).logits[:, -1]):
                 logits[i] = row
         return torch.stack(logits)
 
-    def keep_rows(self, keep: list[int]) -> None:
-        for owner in list(self.caches):
-            rows = [i for i, o in enumerate(self.owner) if o == owner]
-            left = [rows.index(i) for i in keep if self.owner[i] == owner]
-            if not left:
-                del self.caches[owner]
-            elif left != list(range(len(rows))):
-                self.caches[owner].batch_select_indices(torch.tensor(left, device=self.device))
-        self.owner = [self.owner[i] for i in keep]
+    def keep(self, rows: list[int], names: set[int]) -> None:
+        for name in list(self.caches):
+            before = [i for i, owner in enumerate(self.owner) if owner == name]
+            left = [before.index(i) for i in rows if self.owner[i] == name]
+            if name not in names:
+                del self.caches[name]
+            elif left != list(range(len(before))):
+                self.caches[name].batch_select_indices(torch.tensor(left, device=self.device))
+        self.owner = [self.owner[i] for i in rows]
 
 
 def _partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
@@ -283,22 +306,26 @@ def default_memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / 2**30
 
 
-def check_memory(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int,
-                 memory: float, shared: bool = True) -> int:
-    """How many groups of those sizes fit into `memory` GiB. Raises ValueError where not even one does.
+def slots(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int, memory: float,
+          shared: bool = True) -> tuple[int, int]:
+    """How many (contexts, rows) of those sizes `memory` GiB hold. Raises ValueError where not one group fits.
 
-    config: of the model. shared: the context is stored once, not once per row. Counts keys and values, each
-    row's logits and three copies of them, all in float32.
+    config: of the model. shared: the context is stored once, not once per row. Three times the contexts that
+    the rows need at the start: those whose last rows are long go on while others enter. Counts keys and values,
+    each row's logits and three copies of them, all in float32.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
-    contexts = 1 if shared else group
-    group_bytes = token_bytes * (contexts * context_len + group * suffix_len) + group * config.vocab_size * 16
-    groups = int(memory * 2**30 / group_bytes)
-    if groups < 1:
+    context_bytes = (context_len if shared else group * context_len) * token_bytes + 4 * config.vocab_size
+    rows_bytes = group * (suffix_len * token_bytes + 16 * config.vocab_size)
+    groups = int(memory * 2**30 / (3 * context_bytes + rows_bytes))
+    if groups >= 1:
+        return 3 * groups, groups * group
+    if context_bytes + rows_bytes > memory * 2**30:
         raise ValueError(f"--rollout-memory {memory:.3g} GiB does not hold one group, which can need "
-                         f"{group_bytes / 2**30:.3g}: lower --group-size or --max-response, or give more")
-    return groups
+                         f"{(context_bytes + rows_bytes) / 2**30:.3g}: lower --group-size or --max-response, "
+                         "or give more")
+    return 1, group
 
 
 @torch.no_grad()
@@ -314,44 +341,53 @@ def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling,
     if min(r.budget for r in requests) < 1 or not all(r.context for r in requests):
         raise ValueError("every request needs a context and room for at least one new token")
     context_len, suffix_len = max(len(r.context) for r in requests), max(r.budget for r in requests)
+    shared, total = is_shared(model), sum(len(r.seeds) for r in requests)
     group = max(len(r.seeds) for r in requests)
-    shared = is_shared(model)
-    contexts = min(check_memory(model.config, context_len, suffix_len, group, memory, shared), len(requests))
-    rows_max = min(contexts * group, sum(len(r.seeds) for r in requests))
+    contexts, rows_max = slots(model.config, context_len, suffix_len, group, memory, shared)
+    contexts, rows_max = min(contexts, len(requests)), min(rows_max, total)
     decoder = Decoder(model, contexts, rows_max, context_len, suffix_len) if shared else PlainDecoder(model)
     results = [[Suffix() for _ in r.seeds] for r in requests]
-    # neighbours of similar length share their padding
-    waiting = deque(sorted(range(len(requests)), key=lambda i: -len(requests[i].context)))
+    # longest budgets first, so that the end is not one row; contexts of similar length share their padding
+    order = sorted(range(len(requests)), key=lambda i: (-requests[i].budget, -len(requests[i].context)))
+    waiting = deque((i, row) for i in order for row in range(len(requests[i].seeds)))
     active: list[tuple[int, int]] = []  # (request, row in it) per decoder row
     uniforms: list[np.ndarray] = []
-    bar = tqdm(total=sum(len(r.seeds) for r in requests), desc=label, unit="row", leave=False, delay=5)
+    first_logits: dict[int, torch.Tensor] = {}  # of contexts whose rows have not all entered
+    bar = tqdm(total=total, desc=label, unit="row", leave=False, delay=5)
     logits = torch.empty(0, device=model.device)
     while waiting or active:
-        free_contexts = contexts - len(set(decoder.owner))
-        entering = []
-        while waiting and len(entering) < free_contexts and \
-                len(active) + len(requests[waiting[0]].seeds) <= rows_max:
-            i = waiting.popleft()
-            entering.append(i)
-            active += [(i, row) for row in range(len(requests[i].seeds))]
-            uniforms += [np.random.default_rng(seed).random(requests[i].budget, dtype=np.float32)
-                         for seed in requests[i].seeds]
+        entering, loaded = [], set(decoder.names)
+        while waiting and (free := rows_max - len(active) - len(entering)):
+            i = waiting[0][0]
+            if i not in loaded and (len(loaded) == contexts or not shared and free < len(requests[i].seeds)):
+                break
+            loaded.add(i)
+            entering.append(waiting.popleft())
+        new = {i: requests[i].context for i, _ in entering if i not in decoder.names}
+        if new:
+            first_logits |= zip(new, decoder.prefill(new))
+        for i, row in entering:
+            decoder.add_row(i)
+            active.append((i, row))
+            rng = np.random.default_rng(requests[i].seeds[row])
+            uniforms.append(rng.random(requests[i].budget, np.float32))
         if entering:
-            logits = torch.cat([logits, decoder.prefill([requests[i] for i in entering])])
+            logits = torch.cat([logits, torch.stack([first_logits[i] for i, _ in entering])])
+            first_logits = {i: x for i, x in first_logits.items() if waiting and waiting[0][0] == i}
         suffixes = [results[i][row] for i, row in active]
         draws = torch.tensor([u[len(s.ids)] for u, s in zip(uniforms, suffixes)], device=model.device)
         ids, logprobs = (x.tolist() for x in sample(logits, draws, how))
         done = set()
-        for row, suffix in enumerate(suffixes):
-            suffix.ids.append(ids[row])
-            suffix.logprobs.append(logprobs[row])
-            suffix.finished = ids[row] in how.eos_ids
-            if suffix.finished or len(suffix.ids) == requests[active[row][0]].budget:
-                done.add(row)
+        for place, suffix in enumerate(suffixes):
+            suffix.ids.append(ids[place])
+            suffix.logprobs.append(logprobs[place])
+            suffix.finished = ids[place] in how.eos_ids
+            if suffix.finished or len(suffix.ids) == requests[active[place][0]].budget:
+                done.add(place)
         if done:
             keep = _fill_holes(len(active), set(range(len(active))) - done)
-            decoder.keep_rows(keep)
             active, uniforms, ids = ([x[i] for i in keep] for x in (active, uniforms, ids))
+            decoder.keep(keep, {i for i, _ in active} | set(first_logits))
             bar.update(len(done))
         logits = decoder.decode(ids) if active else torch.empty(0, device=model.device)
     bar.close()

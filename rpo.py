@@ -7,8 +7,8 @@ Departures from plain GRPO are marked [RPO-1], [RPO-2] ... where they happen; th
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -54,17 +54,15 @@ class Packed:
     """
 
     spans: list[Span]
-    keep_kv: bool = False  # for decoding: keep the keys and values of each layer, (1, H_kv, N, D)
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
+    # for decoding, called in every layer: spans, layer, keys and values (1, H_kv, N, D)
+    store: Callable[[list[Span], int, torch.Tensor, torch.Tensor], None] | None = None
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float) -> torch.Tensor:
         """query (1, H, N, D), key and value (1, H_kv, N, D) -> (1, N, H, D)."""
-        if self.keep_kv:
-            self.keys.append(key)
-            self.values.append(value)
         query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves float32 behind
+        if self.store is not None:
+            self.store(self.spans, layer, key, value)
         parts = []
         for start, p, g, s in self.spans:
             q, k, v = (x[:, :, start:start + p] for x in (query, key, value))
@@ -231,8 +229,8 @@ class Batch:
     mask: torch.Tensor  # (R, S) bool, from lengths: a sampled EOS is trained, padding is not
     advantages: torch.Tensor  # (R,) float32
     sampled_logprobs: torch.Tensor  # (R, S) float32
-    old_logprobs: torch.Tensor | None = None  # (R, S) float32, set by the caller
-    ref_logprobs: torch.Tensor | None = None  # (R, S) float32, set by the caller
+    old_logprobs: torch.Tensor | None  # (R, S) float32
+    ref_logprobs: torch.Tensor | None  # (R, S) float32
 
 
 @dataclass(frozen=True)
@@ -243,6 +241,8 @@ class Item:
     suffixes: Sequence[Sequence[int]]
     advantages: Sequence[float]
     sampled_logprobs: Sequence[Sequence[float]]  # of the sampling forward: only compared, never trained on
+    old_logprobs: Sequence[Sequence[float]] | None = None  # of the policy that sampled; None: it is this one
+    ref_logprobs: Sequence[Sequence[float]] | None = None  # of the reference policy, where there is one
 
     @property
     def packed_tokens(self) -> int:
@@ -250,7 +250,8 @@ class Item:
         return len(self.context) + len(self.suffixes) * (max(map(len, self.suffixes)) - 1)
 
     def rows(self, part: slice) -> Item:
-        return Item(self.context, self.suffixes[part], self.advantages[part], self.sampled_logprobs[part])
+        _, *per_row = vars(self).values()
+        return Item(self.context, *(x and x[part] for x in per_row))
 
 
 def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Batch:
@@ -272,14 +273,17 @@ def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Batch:
     width = max(map(len, targets))
     mask = torch.arange(width) < torch.tensor([[len(t)] for t in targets])
 
-    def padded(rows: Sequence[Sequence]) -> torch.Tensor:
-        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    def padded(rows: Sequence[Sequence], dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype, device=device)
+
+    def logprobs(name: str) -> torch.Tensor | None:
+        lists = [getattr(item, name) for item in items]
+        return None if None in lists else padded([row for rows in lists for row in rows], torch.float32)
 
     advantages = torch.tensor([a for item in items for a in item.advantages], device=device)
-    sampled_logprobs = padded([row for item in items for row in item.sampled_logprobs])
     return Batch(Packed(spans), torch.tensor([ids], device=device), torch.tensor([positions], device=device),
                  padded(index), padded(targets), mask.to(device), advantages.float(),
-                 sampled_logprobs.float())
+                 *(logprobs(name) for name in ("sampled_logprobs", "old_logprobs", "ref_logprobs")))
 
 
 def micro_batches(items: Sequence[Item], tokens_per_forward: int) -> list[list[Item]]:

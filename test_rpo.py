@@ -312,6 +312,20 @@ def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
         assert relative_error(parameter.grad, whole[name]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_attention_with_copies_of_the_context_is_the_same_function(kind, monkeypatch):
+    """What other devices run: there the fused kernels give no log-sum-exp."""
+    model = shared(random_model(kind))
+    loss = loss_over(model, ITEMS, "grpo", 1.0, 10_000)
+    split = {n: p.grad.clone() for n, p in model.named_parameters()}
+    calls = []
+    monkeypatch.setattr(rpo._SplitAttention, "apply", lambda *a: calls.append(1) or rpo._attend_copies(*a))
+    assert loss_over(model, ITEMS, "grpo", 1.0, 10_000) == pytest.approx(loss, rel=1e-5)
+    assert len(calls) == 3 * sum(max(map(len, item.suffixes)) > 1 for item in ITEMS)
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, split[name]) < 1e-5
+
+
 def test_micro_batches_keep_within_the_budget_and_lose_nothing():
     items = items_for([[4, 1, 7], [9, 9], [3, 2, 2, 2]], [6, 19, 2])
     for budget in (10, 27, 50, 1000):
@@ -1006,6 +1020,33 @@ def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
     assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)
     assert metrics[-1]["policy/kl_ref"] > 0  # moved away from the start
     assert not (out / "cache.jsonl").exists()
+
+
+def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_path, monkeypatch, capsys):
+    real, state = rpo.shared_logprobs, {"calls": 0}
+
+    def scarce(model, batch, *rest):
+        state["calls"] += torch.is_grad_enabled()
+        if state["calls"] == 2:  # after the first micro-batch has left its gradient
+            raise torch.OutOfMemoryError("scarce")
+        return real(model, batch, *rest)
+
+    out = tmp_path / "out"
+    options = [*QUICK, "--steps", "1", "--eval-every", "0", "--tokens-per-forward", "500"]
+    assert train.main([*options, "--out", str(out / "plenty")]) == 0
+    monkeypatch.setattr(rpo, "shared_logprobs", scarce)
+    assert train.main([*options, "--out", str(out / "scarce")]) == 0
+    assert "halved to 250" in capsys.readouterr().out
+    plenty, scarce = (lines_of(out / name / "metrics.jsonl")[-1] for name in ("plenty", "scarce"))
+    assert scarce["policy/grad_norm"] == pytest.approx(plenty["policy/grad_norm"], rel=1e-4)
+    assert scarce["tokens/trained"] == plenty["tokens/trained"] > 0
+
+    def empty(*arguments):
+        raise torch.OutOfMemoryError("empty")
+
+    monkeypatch.setattr(rpo, "shared_logprobs", empty)
+    assert train.main([*options, "--out", str(out / "none")]) == 1
+    assert "--tokens-per-forward" in capsys.readouterr().err
 
 
 def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, monkeypatch):

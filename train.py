@@ -18,7 +18,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +179,10 @@ class Run:
     position: int = 0  # problems visited so far
     tokens_generated: int = 0  # cache initialisation included, evaluation not
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
+    tokens_per_forward: int = 0  # of the config, until the memory does not hold it
+
+    def __post_init__(self) -> None:
+        self.tokens_per_forward = self.config.tokens_per_forward
 
     def rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, *key))
@@ -206,7 +211,8 @@ def prepare(config: Config) -> Run:
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
     if not problems or config.eval_every and not held_out:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
-                         f"{len(held_out)} held out; look at what was dropped, and at --max-prompt {config.max_prompt}")
+                         f"{len(held_out)} held out; look at what was dropped, and at --max-prompt "
+                         f"{config.max_prompt}")
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
@@ -217,8 +223,8 @@ def prepare(config: Config) -> Run:
         raise ValueError(f"--max-prompt {config.max_prompt} and --max-response {config.max_response}: "
                          f"together more than the {window} positions of {config.model}; lower one of them")
     memory = config.rollout_memory or rollout.default_memory(device)
-    rollout.check_memory(model.config, config.max_prompt + config.max_response, config.max_response,
-                         config.group_size, memory, rpo.is_shared(model))
+    rollout.slots(model.config, config.max_prompt + config.max_response, config.max_response,
+                  config.group_size, memory, rpo.is_shared(model))
     ref_model = rpo.load_policy(folder, device, dtype) if config.kl_coef > 0 else None
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -357,34 +363,17 @@ def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.o
     """`updates_per_rollout` optimiser updates, each on its share of the groups; metrics of them together."""
     c = run.config
     items = make_items(groups)
-    shares = [items[i::c.updates_per_rollout] for i in range(c.updates_per_rollout)]
-    updates = [[rpo.pack(part, run.device) for part in rpo.micro_batches(share, c.tokens_per_forward)]
-               for share in shares if share]
-    denominators = [rpo.update_denominator(share, c.aggregation) for share in shares if share]
+    shares = [items[i::c.updates_per_rollout] for i in range(min(c.updates_per_rollout, len(items)))]
     run.model.train()  # gradient checkpointing works in train mode only; there is no dropout
-    with run.autocast(), torch.no_grad():
-        for number, batches in enumerate(updates):
-            for batch in batches:
-                if number > 0:  # the first update is on-policy: its own forward gives the old log-probs
-                    batch.old_logprobs, _ = logprobs_of(run, run.model, batch)
-                if run.ref_model is not None:
-                    batch.ref_logprobs, _ = logprobs_of(run, run.ref_model, batch)
-    sums = dict.fromkeys(("tokens", "entropy", "clipped", "approx_kl", "kl_ref", "norm", "gap"), 0.0)
-    gap_max = 0.0
-    for batches, denominator in zip(updates, denominators):
-        for batch in batches:
-            with run.autocast():
-                logprobs, entropy = logprobs_of(run, run.model, batch)
-                loss, stats = rpo.policy_loss(
-                    logprobs, batch, denominator, clip_low=c.clip_low, clip_high=c.clip_high,
-                    aggregation=c.aggregation, kl_coef=c.kl_coef)
-            loss.backward()
-            old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-            gap = (old - batch.sampled_logprobs)[batch.mask].abs()
-            gap_max = max(gap_max, gap.max().item())
-            stats |= {"tokens": len(gap), "entropy": entropy.sum().item(), "gap": gap.sum().item()}
-            for name, value in stats.items():
-                sums[name] += value
+    # all before the first update, which is on-policy: there its own forward gives the old log-probs
+    shares = [shares[0], *(with_logprobs(run, share, old_logprobs=run.model) for share in shares[1:])]
+    if run.ref_model is not None:
+        shares = [with_logprobs(run, share, ref_logprobs=run.ref_model) for share in shares]
+    sums, gap_max = Counter(), 0.0
+    for share in shares:
+        stats, gap = smaller_if_out_of_memory(run, accumulate_gradient, run, share)
+        sums.update(stats)
+        gap_max = max(gap_max, gap)
         sums["norm"] += float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip))
         optimizer.step()
         optimizer.zero_grad()
@@ -394,10 +383,64 @@ def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.o
     tokens = sums["tokens"]
     return {"policy/entropy": sums["entropy"] / tokens, "policy/clip_fraction": sums["clipped"] / tokens,
             "policy/approx_kl": sums["approx_kl"] / tokens, "policy/kl_ref": sums["kl_ref"] / tokens,
-            "policy/grad_norm": sums["norm"] / len(updates), "policy/lr": lr,
+            "policy/grad_norm": sums["norm"] / len(shares), "policy/lr": lr,
             "policy/sampling_gap_mean": sums["gap"] / tokens, "policy/sampling_gap_max": gap_max,
-            "tokens/trained": tokens,
-            "tokens/forwarded": sum(batch.input_ids.numel() for batches in updates for batch in batches)}
+            "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
+
+
+def accumulate_gradient(run: Run, items: list[rpo.Item]) -> tuple[Counter, float]:
+    """Gradient of one update, micro-batch by micro-batch; sums over its tokens, largest sampling gap."""
+    c = run.config
+    run.model.zero_grad()
+    denominator = rpo.update_denominator(items, c.aggregation)
+    sums, gap_max = Counter(), 0.0
+    for part in rpo.micro_batches(items, run.tokens_per_forward):
+        batch = rpo.pack(part, run.device)
+        with run.autocast():
+            logprobs, entropy = logprobs_of(run, run.model, batch)
+            loss, stats = rpo.policy_loss(logprobs, batch, denominator, clip_low=c.clip_low,
+                                          clip_high=c.clip_high, aggregation=c.aggregation, kl_coef=c.kl_coef)
+        loss.backward()
+        old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        gap = (old - batch.sampled_logprobs)[batch.mask].abs()
+        gap_max = max(gap_max, gap.max().item())
+        sums.update(stats)
+        sums.update(tokens=len(gap), entropy=entropy.sum().item(), gap=gap.sum().item(),
+                    forwarded=batch.input_ids.numel())
+    return sums, gap_max
+
+
+@torch.no_grad()
+def with_logprobs(run: Run, items: list[rpo.Item], **models: PreTrainedModel) -> list[rpo.Item]:
+    """The items, those too long for a micro-batch in pieces, with the log-probs that a model gives them."""
+    (name, model), = models.items()
+
+    def pieces() -> list[rpo.Item]:
+        done = []
+        for part in rpo.micro_batches(items, run.tokens_per_forward):
+            batch = rpo.pack(part, run.device)
+            with run.autocast():
+                logprobs, _ = logprobs_of(run, model, batch)
+            rows = iter(logprobs.tolist())
+            for item in part:
+                own = [next(rows)[:len(suffix)] for suffix in item.suffixes]
+                done.append(dataclasses.replace(item, **{name: own}))
+        return done
+    return smaller_if_out_of_memory(run, pieces)
+
+
+def smaller_if_out_of_memory(run: Run, work: Callable, *args: object) -> object:
+    """work(*args), once more with half the tokens per forward if the device's memory does not hold it."""
+    try:
+        return work(*args)
+    except torch.OutOfMemoryError:
+        if run.tokens_per_forward < run.config.tokens_per_forward:
+            raise  # that was with the half already
+    torch.cuda.empty_cache()  # here, not above: the error holds on to the tensors of the failed try
+    run.tokens_per_forward //= 2
+    tqdm.write(f"out of memory: --tokens-per-forward {run.config.tokens_per_forward} is halved to "
+               f"{run.tokens_per_forward} from here on, the gradient is the same")
+    return work(*args)
 
 
 def logprobs_of(run: Run, model: PreTrainedModel, batch: rpo.Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -557,8 +600,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tqdm.write(f"{config.model}: {run.model.num_parameters() / 1e6:.1f} M parameters on {run.device}, "
                f"{run.dtype}; {len(run.problems)} problems, {len(run.held_out)} held out; "
                f"run folder {run.out}")
-    with run.checker:
-        summary = train(run)
+    try:
+        with run.checker:
+            summary = train(run)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: error: out of memory: lower --tokens-per-forward or --rollout-memory ({error})",
+              file=sys.stderr)
+        return 1
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(summary, run)
     return 0
