@@ -534,7 +534,7 @@ def train(run: Run) -> dict[str, float]:
     bar = tqdm(range(1, c.steps + 1), desc=f"{c.algo} {c.rollout}", unit="step")
     for step in bar:
         before, tokens_before = time.perf_counter(), run.tokens_generated
-        run.checker.timeouts, run.checker.check_ms_max = 0, 0.0
+        run.checker.timeouts = run.checker.refused = run.checker.check_ms_max = 0
         sampled, kept = collect(run, step)
         rollout_seconds = time.perf_counter() - before
         metrics = {"step": step, **rollout_metrics(sampled, kept)}
@@ -554,7 +554,8 @@ def train(run: Run) -> dict[str, float]:
                            f"after {c.dynamic_rounds} rounds (--dynamic-rounds): trained on those"
                            + ("; from now on only counted" if short_steps == 3 else ""))
         step_tokens = run.tokens_generated - tokens_before
-        metrics |= {"reward/timeouts": run.checker.timeouts, "reward/check_ms_max": run.checker.check_ms_max,
+        metrics |= {"reward/timeouts": run.checker.timeouts, "reward/refused": run.checker.refused,
+                    "reward/check_ms_max": run.checker.check_ms_max,
                     "tokens/generated": run.tokens_generated, "tokens/full_path": run.tokens_full_path,
                     "tokens/per_s": step_tokens / rollout_seconds, "time/rollout_s": rollout_seconds,
                     "memory/peak_gib": peak_memory_gib(run.device)}
