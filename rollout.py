@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from data import Problem
-from rpo import Packed, Span, hidden_states, is_shared
+from rpo import Packed, Span, hidden_states, is_shared, merge_attention, partial_attention
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
@@ -95,8 +95,8 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, how: Sampling) -> tuple
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> torch.Tensor:
     """First column where the running sum of `weights` (R, V) exceeds `uniforms` (R,) of the total.
 
-    In two steps, the block and then the column in it: running sums over a whole vocabulary are slow. Thresholds
-    stay below the sums even after rounding, so that a weight of 0 is never reached.
+    In two steps, the block and then the column in it: running sums over a whole vocabulary are slow. The
+    thresholds stay below the sums even after rounding, so that a weight of 0 is never reached.
     """
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     sums = blocks.sum(-1).cumsum(-1)
@@ -201,11 +201,15 @@ class Decoder:
         self.positions = torch.tensor(self.lens, device=device)
         self.p, self.s = max(self.context_lens), max(self.lens) + 1
         p_lens = torch.tensor(self.context_lens, device=device)
-        self.p_mask = (torch.arange(self.p, device=device) >= p_lens[:, None])[:, None, None] \
-            if min(self.context_lens) < self.p else None
-        self.s_mask = (torch.arange(self.s, device=device) > self.positions[:, None])[:, None, None] \
-            if min(self.lens) + 1 < self.s else None
+        self.p_mask = self._mask(p_lens, self.p) if min(self.context_lens) < self.p else None
+        self.s_mask = self._mask(self.positions + 1, self.s) if min(self.lens) + 1 < self.s else None
         self.lens = [x + 1 for x in self.lens]
+
+    def _mask(self, lens: torch.Tensor, width: int) -> torch.Tensor:
+        """(rows, 1, 1, width): what is added to the scores, -inf beyond a row's length."""
+        mask = torch.zeros(len(lens), width, device=self.device)
+        mask.masked_fill_(torch.arange(width, device=self.device) >= lens[:, None], float("-inf"))
+        return mask[:, None, None].to(self.suffix_kv.dtype)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float) -> torch.Tensor:
@@ -214,20 +218,21 @@ class Decoder:
         Attention to the context is one product per context for all its rows, merged with the attention to the
         row's own suffix by log-sum-exp (arXiv 2402.05099, 2403.08845): exact.
         """
-        rows, heads, _, dim = query.shape
-        kv_heads, n = key.shape[1], len(self.context_lens)
+        n = len(self.context_lens)
         for kind, x in enumerate((key, value)):
             self.suffix_kv[kind, layer, self.rows, :, self.positions] = x[:, :, 0].to(value.dtype)
-        q = (query[:, :, 0] * scaling).to(value.dtype).view(rows, kv_heads, heads // kv_heads, dim)
-        own = _partial(q, *self.suffix_kv[:, layer, :rows, :, :self.s], self.s_mask)
+        query = query.to(value.dtype)  # (R, H, 1, D)
+        own_kv = self.suffix_kv[:, layer, :len(query), :, :self.s]
+        own = partial_attention(query, *own_kv, scaling, self.s_mask)
+        q = query[:, :, 0]
         if not self.dense:
             q = q.new_zeros(n * self.lanes, *q.shape[1:]).index_copy(0, self.cells, q)
-        q = q.view(n, self.lanes, *q.shape[1:]).transpose(1, 2).flatten(2, 3)  # (n, H_kv, lanes * H/H_kv, D)
-        shared = _partial(q, *self.context_kv[:, layer, :n, :, :self.p], self.p_mask)
-        shared = [x.unflatten(2, (self.lanes, -1)).transpose(1, 2).flatten(0, 1) for x in shared]
+        q = q.unflatten(0, (n, self.lanes)).transpose(1, 2)  # (n, H, lanes, D)
+        shared = partial_attention(q, *self.context_kv[:, layer, :n, :, :self.p], scaling, self.p_mask)
+        shared = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in shared)
         if not self.dense:
-            shared = [x[self.cells] for x in shared]
-        return _merge(own, shared).to(value.dtype).reshape(rows, 1, heads, dim)
+            shared = (x[self.cells] for x in shared)
+        return merge_attention(own, shared)[0].to(value.dtype).transpose(1, 2)
 
 
 class PlainDecoder:
@@ -276,23 +281,6 @@ class PlainDecoder:
         self.owner = [self.owner[i] for i in rows]
 
 
-def _partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None):
-    """Unnormalised attention over a part of the keys: (sum of exp * v, sum of exp, top score), float32."""
-    scores = (q @ k.transpose(-1, -2)).float()
-    if mask is not None:
-        scores = scores.masked_fill(mask, float("-inf"))
-    top = scores.amax(-1, keepdim=True)
-    weights = (scores - top).exp_()
-    return (weights.to(v.dtype) @ v).float(), weights.sum(-1, keepdim=True), top
-
-
-def _merge(a, b) -> torch.Tensor:
-    """Attention over both parts from their partial sums."""
-    top = torch.maximum(a[2], b[2])
-    scale_a, scale_b = (a[2] - top).exp(), (b[2] - top).exp()
-    return (a[0] * scale_a + b[0] * scale_b) / (a[1] * scale_a + b[1] * scale_b)
-
-
 def _fill_holes(size: int, alive: set[int]) -> list[int]:
     """Order in which the survivors of slots 0..size-1 fill 0..len(alive)-1 with the fewest moves."""
     movers = sorted((i for i in alive if i >= len(alive)), reverse=True)
@@ -311,8 +299,8 @@ def slots(config: PreTrainedConfig, context_len: int, suffix_len: int, group: in
     """How many (contexts, rows) of those sizes `memory` GiB hold. Raises ValueError where not one group fits.
 
     config: of the model. shared: the context is stored once, not once per row. Three times the contexts that
-    the rows need at the start: those whose last rows are long go on while others enter. Counts keys and values,
-    each row's logits and three copies of them, all in float32.
+    the rows need at the start: those whose last rows are long go on while others enter. Counts keys and
+    values, each row's logits and three copies of them, all in float32.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4

@@ -7,7 +7,7 @@ Departures from plain GRPO are marked [RPO-1], [RPO-2] ... where they happen; th
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
+FUSED = ("cpu",)  # devices of these kernels, which give the log-sum-exp that parts are merged by
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 LOGITS_PER_CHUNK = 2**26  # float32 logits held at once, 256 MiB: the [R, S, V] tensor never exists
 
 # What each algorithm sets; every value can be given on the command line, which then wins.
@@ -70,9 +73,32 @@ class Packed:
                                                         enable_gqa=True))
             if g * s:
                 own = (x[:, :, start + p:start + p + g * s] for x in (query, key, value))
-                attend = _SplitAttention.apply if query.device.type == "cpu" else _attend_copies
+                attend = _SplitAttention.apply if query.device.type in FUSED else _attend_copies
                 parts.append(attend(*own, k, v, g, scaling))
         return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def partial_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float,
+                      mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to a part of the keys, and the log-sum-exp of its scores to merge it with other parts.
+
+    query (B, H, T, D), key and value (B, H_kv, P, D), mask added to the scores -> (B, H, T, D), (B, H, T).
+    """
+    if query.device.type in FUSED:
+        return _FLASH(query, key, value, attn_mask=mask, scale=scaling)
+    folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the heads that share keys: one product
+    scores = (folded * scaling @ key.transpose(-1, -2)).float()
+    lse = (scores if mask is None else scores + mask).logsumexp(-1)
+    weights = ((scores if mask is None else scores + mask) - lse[..., None]).exp()
+    return (weights.to(value.dtype) @ value).view(query.shape), lse.view(query.shape[:3])
+
+
+def merge_attention(a: Iterable[torch.Tensor],
+                    b: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to the keys of both parts, from what each gives: exact (arXiv 2402.05099, 2403.08845)."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    lse = torch.logaddexp(lse_a, lse_b)
+    return out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None], lse
 
 
 def _rows(x: torch.Tensor, g: int) -> torch.Tensor:
@@ -95,25 +121,21 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
                 context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
-        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = attend(query, context_key, context_value, scale=scaling)
-        rows = (_rows(x, g) for x in (query, key, value))
-        own_out, own_lse = map(_packed, attend(*rows, is_causal=True, scale=scaling))
-        merged = torch.logaddexp(lse, own_lse)
-        scale, own_scale = ((x - merged).exp()[..., None] for x in (lse, own_lse))
-        out = (out * scale + own_out * own_scale).to(query.dtype)
-        ctx.save_for_backward(query, key, value, context_key, context_value, out, merged)
+        shared = _FLASH(query, context_key, context_value, scale=scaling)
+        own = _FLASH(*(_rows(x, g) for x in (query, key, value)), is_causal=True, scale=scaling)
+        out, lse = merge_attention(shared, map(_packed, own))
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, context_key, context_value, out, lse)
         ctx.g, ctx.scaling = g, scaling
         return out
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, context_key, context_value, out, lse = ctx.saved_tensors
-        attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        dq, d_context_key, d_context_value = attend_backward(
+        dq, d_context_key, d_context_value = _FLASH_BACKWARD(
             grad, query, context_key, context_value, out, lse, 0.0, False, scale=ctx.scaling)
         rows = [_rows(x, ctx.g) for x in (grad, query, key, value, out, lse)]
-        own_dq, dk, dv = map(_packed, attend_backward(*rows, 0.0, True, scale=ctx.scaling))
+        own_dq, dk, dv = map(_packed, _FLASH_BACKWARD(*rows, 0.0, True, scale=ctx.scaling))
         return dq + own_dq, dk, dv, d_context_key, d_context_value, None, None
 
 
