@@ -145,6 +145,18 @@ def test_sampled_frequencies_are_the_softmax():
     assert chi_square < 18.47  # 4 degrees of freedom, p = 0.001
 
 
+def test_a_column_is_drawn_from_many_blocks_as_from_one_running_sum():
+    rng = np.random.default_rng(0)
+    weights = rng.random((40, 1000)).astype(np.float32) * (rng.random((40, 1000)) < 0.7)  # 30 % are never drawn
+    uniforms = rng.random(40).astype(np.float32)
+    uniforms[:3] = 0, 1 - 2**-24, 0.5
+    got = rollout._invert(torch.from_numpy(weights).float(), torch.from_numpy(uniforms)).numpy()
+    assert np.all(weights[np.arange(40), got] > 0)
+    for row, u, column in zip(weights.astype(np.float64), uniforms, got):
+        edges = np.concatenate([[0], row.cumsum()]) / row.sum()
+        assert edges[column] - 1e-6 <= u <= edges[column + 1] + 1e-6
+
+
 def test_top_k_and_top_p_keep_the_crossing_token():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).expand(1000, -1)
     uniforms = torch.linspace(0, 1 - 2**-24, 1000)  # reaches both ends of the distribution
@@ -175,6 +187,7 @@ def test_an_architecture_with_sliding_windows_takes_the_plain_path_and_stays_exa
         results = rollout.generate(model, requests, rollout.Sampling(eos, VOCAB, temperature=0), memory)
         assert [[s.ids for s in group] for group in results] == [[want] * 3 for want in expected]
     how = rollout.Sampling(eos, VOCAB)  # rows of a group that part ways and leave at different times
+    requests = [rollout.Request(c, 12, [(i, row) for row in range(8)]) for i, c in enumerate(contexts)]
     for group, context in zip(rollout.generate(model, requests, how, 1.0), contexts):
         for suffix in group:
             logits = plain_logits(model, context + suffix.ids)[len(context) - 1:-1]
@@ -385,11 +398,11 @@ def test_aggregation_by_hand():
 
 def test_kl_penalty_by_hand():
     batch = hand_batch([0.0], [2])
-    batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.2)]])
+    batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.3)]])
     logprobs = torch.tensor([[math.log(0.25), math.log(0.4)]])
     loss, stats = rpo.policy_loss(logprobs, batch, 2, clip_low=0.2, clip_high=0.2, aggregation="token",
                                   kl_coef=0.1)
-    k3 = (2 - math.log(2) - 1) + (0.5 - math.log(0.5) - 1)
+    k3 = (2 - math.log(2) - 1) + (0.75 - math.log(0.75) - 1)
     assert stats["kl_ref"] == pytest.approx(k3, abs=1e-6)
     assert loss.item() == pytest.approx(0.1 * k3 / 2, abs=1e-6)
 
