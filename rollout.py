@@ -263,12 +263,15 @@ class PlainDecoder:
         logits: list[torch.Tensor] = [None] * len(ids)
         for name, kv in self.caches.items():
             rows = [i for i, owner in enumerate(self.owner) if owner == name]  # of one length: no mask
-            if kv.layers[0].keys.shape[0] < len(rows):  # all enter together, before their first token
+            if self._batch(name) < len(rows):  # all enter together; some may have left after the first token
                 kv.batch_repeat_interleave(len(rows))
             tokens = torch.tensor([[ids[i]] for i in rows], device=self.device)
             for i, row in zip(rows, self.model(tokens, past_key_values=kv, use_cache=True).logits[:, -1]):
                 logits[i] = row
         return torch.stack(logits)
+
+    def _batch(self, name: int) -> int:
+        return self.caches[name].layers[0].keys.shape[0]
 
     def keep(self, rows: list[int], names: set[int]) -> None:
         for name in list(self.caches):
@@ -276,7 +279,7 @@ class PlainDecoder:
             left = [before.index(i) for i in rows if self.owner[i] == name]
             if name not in names:
                 del self.caches[name]
-            elif left != list(range(len(before))):
+            elif left != list(range(len(before))) and self._batch(name) > 1:
                 self.caches[name].batch_select_indices(torch.tensor(left, device=self.device))
         self.owner = [self.owner[i] for i in rows]
 
