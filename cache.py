@@ -65,16 +65,3 @@ def save(entries: dict[str, Entry], path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def load(path: Path) -> dict[str, Entry]:
-    """What save() wrote. Raises ValueError naming the line that is broken."""
-    entries = {}
-    with open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                entries[record.pop("id")] = Entry(**record)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: line {number} is not a cache entry ({error})") from error
-    return entries
