@@ -197,12 +197,14 @@ class Decoder:
         self.lanes = max(lanes)  # most rows of a context
         self.cells = torch.tensor([s * self.lanes + x for s, x in zip(self.owner, lane)], device=device)
         self.dense = self.cells.tolist() == list(range(n * self.lanes))
-        self.rows = torch.arange(len(self.lens), device=device)
-        self.positions = torch.tensor(self.lens, device=device)
+        positions = torch.tensor(self.lens, device=device)
+        # rows of one length are written as a slice, which is faster
+        self.place = (torch.arange(len(self.lens), device=device), slice(None), positions) \
+            if len(set(self.lens)) > 1 else (slice(len(self.lens)), slice(None), self.lens[0])
         self.p, self.s = max(self.context_lens), max(self.lens) + 1
         p_lens = torch.tensor(self.context_lens, device=device)
         self.p_mask = self._mask(p_lens, self.p) if min(self.context_lens) < self.p else None
-        self.s_mask = self._mask(self.positions + 1, self.s) if min(self.lens) + 1 < self.s else None
+        self.s_mask = self._mask(positions + 1, self.s) if min(self.lens) + 1 < self.s else None
         self.lens = [x + 1 for x in self.lens]
 
     def _mask(self, lens: torch.Tensor, width: int) -> torch.Tensor:
@@ -220,7 +222,7 @@ class Decoder:
         """
         n = len(self.context_lens)
         for kind, x in enumerate((key, value)):
-            self.suffix_kv[kind, layer, self.rows, :, self.positions] = x[:, :, 0].to(value.dtype)
+            self.suffix_kv[kind, layer][self.place] = x[:, :, 0].to(value.dtype)
         query = query.to(value.dtype)  # (R, H, 1, D)
         own_kv = self.suffix_kv[:, layer, :len(query), :, :self.s]
         own = partial_attention(query, *own_kv, scaling, self.s_mask)
@@ -232,7 +234,7 @@ class Decoder:
         shared = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in shared)
         if not self.dense:
             shared = (x[self.cells] for x in shared)
-        return merge_attention(own, shared)[0].to(value.dtype).transpose(1, 2)
+        return merge_attention(*own, *shared).to(value.dtype).transpose(1, 2)
 
 
 class PlainDecoder:

@@ -7,7 +7,7 @@ Departures from plain GRPO are marked [RPO-1], [RPO-2] ... where they happen; th
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,12 +93,11 @@ def partial_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return (weights.to(value.dtype) @ value).view(query.shape), lse.view(query.shape[:3])
 
 
-def merge_attention(a: Iterable[torch.Tensor],
-                    b: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_attention(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor,
+                    lse_b: torch.Tensor) -> torch.Tensor:
     """Attention to the keys of both parts, from what each gives: exact (arXiv 2402.05099, 2403.08845)."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    lse = torch.logaddexp(lse_a, lse_b)
-    return out_a * (lse_a - lse).exp()[..., None] + out_b * (lse_b - lse).exp()[..., None], lse
+    share = torch.sigmoid(lse_b - lse_a)[..., None]  # of b: exp(lse_b) / (exp(lse_a) + exp(lse_b))
+    return torch.lerp(out_a.to(share.dtype), out_b.to(share.dtype), share)
 
 
 def _rows(x: torch.Tensor, g: int) -> torch.Tensor:
@@ -121,10 +120,11 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
                 context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
-        shared = _FLASH(query, context_key, context_value, scale=scaling)
+        shared, lse = _FLASH(query, context_key, context_value, scale=scaling)
         own = _FLASH(*(_rows(x, g) for x in (query, key, value)), is_causal=True, scale=scaling)
-        out, lse = merge_attention(shared, map(_packed, own))
-        out = out.to(query.dtype)
+        own, own_lse = map(_packed, own)
+        out = merge_attention(shared, lse, own, own_lse).to(query.dtype)
+        lse = torch.logaddexp(lse, own_lse)
         ctx.save_for_backward(query, key, value, context_key, context_value, out, lse)
         ctx.g, ctx.scaling = g, scaling
         return out

@@ -2,9 +2,9 @@
 
     python benchmarks/rollout.py [--model FOLDER] [--plot docs/group_cost.svg]     # SmolLM2-135M: 20 minutes
 
-model.generate gets the prefix G times, as TRL's trainers hand it over when they sample without a server, and is
-told to produce exactly S tokens. Every pair is timed in one process, in turn, and medians are compared. The last
-line is one JSON object. --plot needs matplotlib.
+model.generate gets the prefix G times, as TRL's trainers hand it over when they sample without a server, and
+is told to produce exactly S tokens. Every pair is timed in one process, in turn, and medians are compared. The
+last line is one JSON object. --plot needs matplotlib.
 """
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def kv_memory_ratio(model: PreTrainedModel, how: rollout.Sampling, prefix: int, 
     return sum(x.numel() for x in storage) / token / (prefix + group * suffix)
 
 
-def occupancy(problems: int = 64, group: int = 16, longest: int = 300) -> tuple[float, str]:
+def occupancy(problems: int = 128, group: int = 16, longest: int = 300) -> tuple[float, str]:
     """(active rows / row slots over all decode steps, how the lengths are spread).
 
     A random model over 128 tokens, one of which ends a row: geometric lengths, cut off at `longest`. Memory
@@ -178,7 +178,8 @@ def main() -> None:
     pairs = [(step_seconds(model, how, 128, 16, 4), matrix_seconds(model, 64)) for _ in range(3)]
     step, products = (statistics.median(column) for column in zip(*pairs))
     result["limit_fraction"] = products / step
-    print(f"\ndecode step of 64 rows: {1000 * step:.0f} ms, its matrix products alone {1000 * products:.0f} ms")
+    print(f"\ndecode step of 64 rows: {1000 * step:.0f} ms, its matrix products alone "
+          f"{1000 * products:.0f} ms")
     result["kv_memory_ratio"] = kv_memory_ratio(model, how, max(args.prefixes), args.group, args.suffix)
     result["occupancy"], spread = occupancy()
     print(f"rows of {spread} tokens (quartiles): {result['occupancy']:.1%} of the row slots are active")

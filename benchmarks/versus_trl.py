@@ -2,9 +2,9 @@
 
     pip install trl==1.16.0 && python benchmarks/versus_trl.py --model FOLDER [--lengths 512 2048]
 
-SmolLM2-135M on 2 CPU cores: 5 minutes at 512, half an hour at 2048. All sample G responses of exactly T tokens
-(RPO: the last m of a path of T, m uniform up to 10 % of it, mean of several steps), score them at random, and take
-one AdamW step without KL; float32, no activation checkpointing. The last line is one JSON object.
+All sample G responses of exactly T tokens (RPO: the last m of a path of T, m uniform up to 10 % of it, mean of
+several steps), score them, and take one AdamW step without KL; float32, no activation checkpointing. The last
+line is one JSON object.
 """
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def trl_step(folder: str, prompt: str, length: int, rows: int) -> float:
         config = GRPOConfig(
             out, per_device_train_batch_size=rows, gradient_accumulation_steps=GROUP // rows, max_steps=1,
             num_generations=GROUP, max_completion_length=length, generation_kwargs={"min_new_tokens": length},
-            beta=0.0, learning_rate=1e-6, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to=[],
-            save_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"})
+            beta=0.0, learning_rate=1e-6, gradient_checkpointing=False, bf16=False, use_cpu=True,
+            report_to=[], save_strategy="no", disable_tqdm=True, model_init_kwargs={"dtype": "float32"})
         trainer = GRPOTrainer(folder, reward, args=config, callbacks=[Clock()],
                               train_dataset=Dataset.from_list([{"prompt": prompt}] * GROUP))
         trainer.train()
@@ -72,7 +72,8 @@ def our_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, prompt: l
     request = rollout.Request(prompt + prefix, length - len(prefix), [(0, row) for row in range(GROUP)])
     (suffixes,) = rollout.generate(model, [request], rollout.Sampling((), model.config.vocab_size), 6.0)
     item = rpo.Item(request.context, [s.ids for s in suffixes],
-                    rpo.group_advantages([float(i % 2) for i in range(GROUP)]), [s.logprobs for s in suffixes])
+                    rpo.group_advantages([float(i % 2) for i in range(GROUP)]),
+                    [s.logprobs for s in suffixes])
     denominator, forwarded = rpo.update_denominator([item], "token"), 0
     model.train()
     for part in rpo.micro_batches([item], 4096):
