@@ -150,10 +150,10 @@ def _download(source: str, option: str) -> Path:
                          f"({_reason(error)})") from error
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, code: bool = False) -> Path:
     """Folder of a model: a local folder, a hub id (owner/name), or a short name such as Qwen2.5-Math-1.5B.
 
-    Downloads it where needed. Raises ValueError saying what was tried, or what the folder lacks.
+    Downloads it where needed, Python files only with `code`. Raises ValueError saying what was tried, or what the folder lacks.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -163,7 +163,7 @@ def find_model(name: str) -> Path:
             raise ValueError(f"--model {name}: no such folder, and not a short name (those begin with "
                              f"{', '.join(ORGANISATIONS)}); give a folder or a hub id owner/name")
         try:
-            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES))
+            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES + ["*.py"] * code))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"--model {name}: no such folder, and {repo} could not be had from the hub "
                              f"({_reason(error)})") from error
@@ -214,11 +214,37 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] 
     The last one matters for base models, whose own end token is another (Qwen2.5: <|im_end|>, <|endoftext|>).
     """
     others = generation_eos if isinstance(generation_eos, list) else [generation_eos]
-    ids = {tokenizer.eos_token_id, *others}
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
-        chat = tokenizer.apply_chat_template(turns, return_dict=False)
-        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids |= set([i for i in chat[len(prompt):] if i in special][:1])
+    ids = {tokenizer.eos_token_id, *others, *_turn_end(tokenizer)}
     return tuple(sorted(i for i in ids if i is not None))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[the special token that the chat template puts after a response], or []."""
+    if not tokenizer.chat_template:
+        return []
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "response"}]
+    chat = tokenizer.apply_chat_template(turns, return_dict=False)
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [i for i in chat[len(prompt):] if i in special][:1]
+
+
+def encode_solutions(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase,
+                     max_response: int) -> dict[str, list[int]]:
+    """The worked solutions as responses: token ids by problem id, with the token that ends a response.
+
+    Those without a solution, or with one of more than max_response tokens, are left out and counted. Raises
+    ValueError where none is left.
+    """
+    end = (_turn_end(tokenizer) or [tokenizer.eos_token_id])
+    paths = {p.id: [*tokenizer(p.solution, add_special_tokens=False)["input_ids"], *end]
+             for p in problems if p.solution}
+    short = {key: ids for key, ids in paths.items() if len(ids) <= max_response}
+    if not short:
+        raise ValueError(f"--cache-init solutions: no problem has a worked solution (field solution) of at most "
+                         f"--max-response {max_response} tokens; use --cache-init policy or other --data")
+    if len(short) < len(problems):
+        tqdm.write(f"--cache-init solutions: {len(problems) - len(paths)} of {len(problems)} problems have no "
+                   f"worked solution, {len(paths) - len(short)} one longer than --max-response {max_response} "
+                   "tokens: the first paths of these are sampled")
+    return short

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -118,6 +119,12 @@ _SAME_AS = {spelling: token for token, spellings in {
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\emptyset": r"\varnothing"
     }.items() for spelling in spellings.split()}
 _UNITS = set("cm mm km kg ft mi lb lbs oz hr hrs mins sec secs mph feet foot usd".split())
+_UNIT_OF = {spelling: unit for unit, spellings in {
+    "mm": "millimeter", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kph",
+    "inch": "inches", "ft": "foot feet", "yard": "yd", "mi": "mile mph", "g": "gram", "kg": "kilogram",
+    "lb": "pound", "oz": "ounce", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "",
+    "month": "", "year": "", "dollar": "usd", "cent": "", "euro": ""}.items()
+    for word in (unit, *spellings.split()) for spelling in (word, word + "s")}
 _LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
     "chi psi upsilon varphi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell mho pi".split())
@@ -411,17 +418,12 @@ def _limit(size: object, most: int) -> None:
         raise Refused("number too large")
 
 
-@functools.lru_cache(64)
-def _functions(digits: int, thread: int) -> object:
-    """mpmath at a precision. It changes its precision while it works, so each thread has its own."""
-    import mpmath
-    functions = mpmath.MPContext()
-    functions.dps = digits
-    return functions
+def _is_real(x: Fraction | object) -> bool:
+    return isinstance(x, Fraction) or bool(x.is_real)
 
 
 class _Evaluator:
-    """Values of scalar trees at a point: fractions while that is exact, else mpmath's numbers.
+    """Values of scalar trees at a point: fractions while that is exact, else sympy's numbers.
 
     Every step is a number and bounded before it is computed. digits=0: raises _Unproven if not exact.
     Raises ArithmeticError or ValueError where undefined; with real, also where a step is not real.
@@ -430,11 +432,15 @@ class _Evaluator:
     def __init__(self, point: dict[str, Fraction], digits: int, real: bool = True) -> None:
         self.point, self.digits, self.real, self.bits_left = point, digits, real, 25 * MAX_BITS
 
-    @property
-    def inexact(self) -> object:
+    def sympy(self, name: str) -> object:
         if not self.digits:
             raise _Unproven
-        return _functions(self.digits, threading.get_ident())
+        import sympy  # half a second, and most answers never come here
+        return getattr(sympy, name)
+
+    def inexact(self, x: Fraction | object) -> object:
+        """A sympy number of so many digits, real or complex."""
+        return self.sympy("N")(self.sympy("sympify")(x), self.digits)
 
     def value(self, node: Node) -> Fraction | object:
         match node:
@@ -443,7 +449,7 @@ class _Evaluator:
             case ("sym", name) if name in self.point:
                 return self.point[name]
             case ("const", name) if node != _INFINITY:
-                return self.checked(+getattr(self.inexact, {"i": "j"}.get(name, name)))
+                return self.checked(self.sympy({"e": "E", "i": "I"}.get(name, name)))
             case ("add" | "mul" as kind, terms):
                 values = map(self.value, terms)
                 return functools.reduce(lambda a, b: self.checked(a + b if kind == "add" else a * b), values)
@@ -460,26 +466,30 @@ class _Evaluator:
             self.bits_left -= _bits(x)
             _limit(_bits(x), min(MAX_BITS, self.bits_left))
             return x
-        if not self.inexact.isfinite(x) or self.real and x.imag != 0:
+        x = self.inexact(x)
+        if not x.is_finite or self.real and not x.is_real:
             raise ZeroDivisionError("undefined")
-        _limit(abs(self.inexact.mag(x)) if x else 0, 2 * MAX_LOG)
-        return x if x.imag else x.real
+        _limit(self.log_size(x), 2 * MAX_LOG)
+        return x
 
     def power(self, a: Fraction | object, b: Fraction | object) -> Fraction | object:
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
             _limit(_bits(a) * abs(b) if _bits(a) > 2 else 0, 2 * MAX_BITS)
             return a ** (b % 2 if abs(a) == 1 else b)
-        a, b = map(self.inexact.convert, (a, b))
-        _limit(abs(b * self.inexact.log(abs(a))) if a else 0, MAX_LOG)
+        a, b = map(self.inexact, (a, b))
+        _limit(abs(b) * self.log_size(a), MAX_LOG)
         return a ** b
+
+    def log_size(self, x: object) -> float:
+        return abs(float(self.sympy("log")(abs(x)))) if x else 0.0
 
     def call(self, name: str, x: Fraction | object, y: Fraction | object = Fraction(0)) -> Fraction | object:
         if name == "abs":
             return abs(x)
         if name == "root":  # the odd root of a negative number, which a power is not
-            sign = -1 if x.imag == 0 and x.real < 0 and y.imag == 0 and y.real % 2 == 1 else 1
+            sign = -1 if _is_real(x) and x < 0 and _is_real(y) and y % 2 == 1 else 1
             return sign * self.power(sign * x, 1 / y)
-        if name in ("floor", "ceil") and x.imag == 0:
+        if name in ("floor", "ceil") and _is_real(x):
             return Fraction({"floor": math.floor, "ceil": math.ceil}[name](self.rounded(x)))
         if name in ("fact", "binom"):
             if not all(isinstance(n, Fraction) and n.denominator == 1 and n >= 0 for n in (x, y)):
@@ -487,12 +497,11 @@ class _Evaluator:
             _limit(min(y, x - y) * _bits(x) if name == "binom" else x * 10, MAX_BITS)
             return Fraction(math.factorial(int(x)) if name == "fact" else math.comb(int(x), int(y)))
         _limit(abs(x) if name in ("exp", "sinh", "cosh") else 0, MAX_LOG)
-        function = getattr(self.inexact, {"ln": "log"}.get(name, name.replace("arc", "a")))
-        return function(self.inexact.convert(x))
+        return self.sympy({"ln": "log"}.get(name, name.replace("arc", "a")))(self.inexact(x))
 
     def rounded(self, x: Fraction | object) -> Fraction:
         """A real value as a fraction; ln(e^3) may come out a bit below 3."""
-        return x if isinstance(x, Fraction) else Fraction(self.inexact.nstr(x, self.digits - 10))
+        return x if isinstance(x, Fraction) else Fraction(str(x.evalf(self.digits - 10)))
 
 
 def _points(node: Node) -> Iterator[dict[str, Fraction]]:
@@ -562,7 +571,9 @@ class _Comparer:
         if g == p:
             return True
         if (plain := (_plain(g), _plain(p))) != (g, p):
-            return self.same(*plain) or g[0] == p[0] == "rel" and self.relation(g, p)
+            kinds = {name[0] for name in (_value(g)[0], _value(p)[0]) if name}
+            return kinds != {"sym", "mul"} and self.same(*plain) or (  # k=1 is a number, f(x)=1 is not
+                g[0] == p[0] == "rel" and self.relation(g, p))
         kinds = {g[0], p[0]}
         if kinds == {"list", "seq"}:  # x=1, y=2 is (1,2)
             named, other = (g, p) if g[0] == "list" else (p, g)
@@ -646,13 +657,20 @@ def _judge(answer: str, gold: str, prove: bool) -> bool:
         return True
     if re.fullmatch(r"-?\d*\.\d+", gold) and re.fullmatch(r"-?\d+,\d\d?", text):  # 2,74
         text = text.replace(",", ".")
-    return g[0] != "text" and _Comparer(prove).same(g, _parse(text))
+    if g[0] == "text" or (asked := _units(gold)) and (given := _units(text)) and asked.isdisjoint(given):
+        return False  # a unit may be missing, but not be another one
+    return _Comparer(prove).same(g, _parse(text))
 
 
 def _gold(gold: str) -> tuple[str, Node]:
     """Clean text and tree of a gold answer, or of the answer within a worked solution."""
     gold = re.search("boxed|####|answer is", gold) and extract_answer(gold) or gold
     return _clean(gold), _parse(gold)
+
+
+def _units(text: str) -> set[str]:
+    words = re.findall(r"(?<![A-Za-z\\])[A-Za-z]{2,}", text) + " ".join(_TEXT.findall(text)).split()
+    return {_UNIT_OF[word] for word in map(str.lower, words) if word in _UNIT_OF}
 
 
 def _verdict(answer: str | None, gold: str, prove: bool) -> str:
@@ -741,7 +759,7 @@ class Checker(contextlib.AbstractContextManager):
         worker = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                   start_new_session=True)
         if worker.stdout.readline() != "ready\n":  # its imports are no answer's time
-            raise RuntimeError("the worker that checks answers did not start: is mpmath installed?")
+            raise RuntimeError("the worker that checks answers did not start: is sympy installed?")
         return worker
 
     @staticmethod
@@ -761,24 +779,81 @@ class Checker(contextlib.AbstractContextManager):
 
 def _serve() -> None:
     """A worker process: pairs in as JSON, verdicts out, one a line."""
-    _functions(60, threading.get_ident())  # imports
+    _Evaluator({}, 60).inexact(1)  # imports
     print("ready", flush=True)
     for line in sys.stdin:
         print(_verdict(*json.loads(line), prove=True), flush=True)
 
 
-def length_rewards(correct: Sequence[float], lengths: Sequence[int], alpha: float) -> list[float]:
+# --- shaping ------------------------------------------------------------------------------------------------
+def length_rewards(correct: Sequence[float], lengths: Sequence[int], alpha: float,
+                   reference: str = "all") -> list[float]:
     """Eq. 11 of arXiv 2601.19404 within one group: a correct response of `len` tokens gets
-    clip(1 / (1 + exp(-alpha * (l_ref - len))), 0.5, 1), l_ref the group's mean length; a wrong one stays 0.
-    alpha 0: the accuracies unchanged. Raises ValueError if the two do not have the same number.
+    clip(1 / (1 + exp(-alpha * (l_ref - len))), 0.5, 1); a wrong one stays 0. [RPO-5]
+
+    l_ref: mean length of the group's responses, or with reference "correct" of its correct ones. alpha 0: the
+    accuracies unchanged. Raises ValueError if the two do not have the same number.
     """
     if len(correct) != len(lengths):
         raise ValueError(f"{len(correct)} accuracies but {len(lengths)} lengths: give one of each a response")
-    if alpha == 0 or not lengths:
+    counted = [n for n, c in zip(lengths, correct) if c > 0 or reference == "all"]
+    if alpha == 0 or not counted:
         return list(correct)
-    mean = sum(lengths) / len(lengths)
+    mean = sum(counted) / len(counted)
     gains = [0.5 + 0.5 * math.tanh(0.5 * alpha * (mean - n)) for n in lengths]  # the sigmoid without overflow
     return [min(max(gain, 0.5), 1.0) if c > 0 else 0.0 for c, gain in zip(correct, gains)]
+
+
+def cosine_reward(correct: bool, length: int, longest: int) -> float:
+    """Falls along half a cosine from 0 to `longest` tokens: 1 to 0.5 if correct, 0 to -0.5 if not.
+
+    As in the recipe that the authors build on (open-rs, 2503.16219), but in tokens, not characters.
+    """
+    return 0.25 * (1 + math.cos(math.pi * min(length / longest, 1))) + (0.5 if correct else -0.5)
+
+
+def format_reward(text: str) -> float:
+    """1 if the thoughts are closed exactly once, by </think> on a line of its own (open-rs, 2503.16219)."""
+    return float(text.count("\n</think>\n") == 1)
+
+
+def overlong_reward(length: int, longest: int, buffer: float) -> float:
+    """0, within the last `buffer` tokens below `longest` falling to -1 (DAPO, arXiv 2503.14476, eq. 13)."""
+    return max(-1.0, min(0.0, (longest - buffer - length) / buffer))
+
+
+class RewardFileError(ValueError):
+    """A user's reward function is missing, fails, or returns what is no reward."""
+
+
+class RewardFile:
+    """A user's `reward(problem, response_text) -> float | dict[str, float]`; the parts of a dict are summed."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        spec = importlib.util.spec_from_file_location("reward_file", path)
+        try:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise RewardFileError(f"--reward-file {path}: cannot be loaded as Python: {error!r}") from error
+        self.reward = getattr(module, "reward", None)
+        if not callable(self.reward):
+            raise RewardFileError(f"--reward-file {path}: has no function reward(problem, response_text)")
+
+    def __call__(self, problem: object, text: str) -> dict[str, float]:
+        """{"file": reward} or {"file/NAME": part}. Raises RewardFileError."""
+        try:
+            value = self.reward(problem, text)
+            parts = {f"file/{k}": float(v) for k, v in value.items()} if isinstance(value, dict) else {
+                "file": float(value)}
+        except Exception as error:
+            line = error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else "?"
+            raise RewardFileError(f"--reward-file {self.path}: reward() failed at line {line}: "
+                                  f"{error!r}") from error
+        if not all(map(math.isfinite, parts.values())):
+            raise RewardFileError(f"--reward-file {self.path}: reward() must return finite numbers, not {parts}")
+        return parts
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:

@@ -48,8 +48,11 @@ class Group:
     prompt_ids: list[int]
     prefix_ids: list[int]  # the kept part of the cached path; empty: a full path
     suffixes: list[Suffix]
+    cut: int = 0  # tokens of the cached path that were dropped; 0: a full path
+    budget: int = 0  # tokens that a suffix could have had
     accuracy: list[float] = field(default_factory=list)  # 1.0 where the final answer is right
     rewards: list[float] = field(default_factory=list)  # what the advantages are made of
+    parts: dict[str, list[float]] = field(default_factory=dict)  # what the rewards are made of, unweighted
 
     @property
     def responses(self) -> list[list[int]]:

@@ -19,27 +19,42 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 FUSED = ("cpu",)  # devices of these kernels, which give the log-sum-exp that parts are merged by
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-LOGITS_PER_CHUNK = 2**26  # float32 logits held at once, 256 MiB: the [R, S, V] tensor never exists
+LOGITS_PER_CHUNK = 2**24  # float32 logits held at once, 64 MiB: the [R, S, V] tensor never exists
 
-# What each algorithm sets; every value can be given on the command line, which then wins.
-# token: sum over all sampled tokens of the update / their number (DAPO, arXiv 2503.14476, eq. 8)
-# response: mean over responses of the mean over their tokens (GRPO, arXiv 2402.03300, eq. 3)
+# What each algorithm sets; every value can be given on the command line, which then wins. Fields:
+# advantage: std, (R - mean) / std; mean, R - mean; leave_one_out, R - mean of the others' R
+# ratio_level: one ratio a token, or one a response (sequence: geometric mean of its tokens' ratios)
+# surrogate: clip, min(r A, clip(r) A); cispo, the clipped ratio as a constant weight of A log pi
+# aggregation: what is averaged, see `update_denominator`; dynamic_rounds 1: no dynamic sampling
+_GRPO = dict(advantage="std", ratio_level="token", surrogate="clip", clip_low=0.2, clip_high=0.2,
+             aggregation="response", kl_coef=0.0, dynamic_rounds=1, overlong_penalty=0.0)
 ALGORITHMS: dict[str, dict] = {
-    "grpo": dict(clip_low=0.2, clip_high=0.2, aggregation="response", dynamic_rounds=1),
-    "dapo": dict(clip_low=0.2, clip_high=0.28, aggregation="token", dynamic_rounds=10),
+    "grpo": _GRPO,  # arXiv 2402.03300, eq. 3; its beta is 0.04, here --kl-coef, off as in later work
+    "dapo": _GRPO | dict(clip_high=0.28, aggregation="token", dynamic_rounds=10,
+                         overlong_penalty=1.0),  # 2503.14476, eq. 8, 12, 13
+    "dr_grpo": _GRPO | dict(advantage="mean", aggregation="budget"),  # 2503.20783
+    "rloo": _GRPO | dict(advantage="leave_one_out", aggregation="sum"),  # 2402.14740
+    "gspo": _GRPO | dict(ratio_level="sequence", clip_low=3e-4, clip_high=4e-4),  # 2507.18071
+    "cispo": _GRPO | dict(surrogate="cispo", clip_low=1.0, clip_high=4.0,
+                          aggregation="token"),  # 2506.13585: ratio at most 5, no lower clip
 }
+ADVANTAGES, RATIO_LEVELS, SURROGATES = ("std", "mean", "leave_one_out"), ("token", "sequence"), ("clip", "cispo")
+AGGREGATIONS = ("token", "response", "sum", "budget")
 
 
-def group_advantages(rewards: Sequence[float]) -> list[float]:
-    """(reward - mean) / (std + 1e-6) within one group, std unbiased (GRPO, arXiv 2402.03300, section 4.1).
+def group_advantages(rewards: Sequence[float], kind: str = "std") -> list[float]:
+    """Advantages of the G responses of one group from their rewards.
 
-    All zero when the rewards do not differ.
+    std: (R - mean) / (std + 1e-6), std unbiased (GRPO, arXiv 2402.03300, section 4.1); mean: R - mean (Dr.
+    GRPO, 2503.20783); leave_one_out: R - mean of the others (RLOO, 2402.14740). All zero when the rewards do
+    not differ.
     """
     values = torch.tensor(rewards, dtype=torch.float64)
-    centred = values - values.mean()
-    if len(rewards) < 2 or not centred.abs().max() > 1e-12:
-        return [0.0] * len(rewards)
-    return (centred / (values.std() + 1e-6)).tolist()
+    centred, g = values - values.mean(), len(rewards)
+    if g < 2 or not centred.abs().max() > 1e-12:
+        return [0.0] * g
+    scale = {"std": 1 / (values.std() + 1e-6), "mean": 1.0, "leave_one_out": g / (g - 1)}[kind]
+    return (centred * scale).tolist()
 
 
 # ---------------------------------------------------------------------------------------- shared prefix
@@ -168,12 +183,14 @@ def _shared_prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: 
 AttentionInterface.register("shared_prefix", _shared_prefix_attention)
 
 
-def load_policy(folder: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_policy(folder: str, device: torch.device, dtype: torch.dtype = torch.float32,
+                trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model in `folder`, set up for shared-prefix attention if its architecture takes it.
 
     dtype: float32 for a policy that is trained (master weights; AdamW at 1e-6 moves no bfloat16 weight).
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True,
+                                                 trust_remote_code=trust_remote_code)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # sampling and training forward must be the same function
@@ -265,6 +282,7 @@ class Item:
     sampled_logprobs: Sequence[Sequence[float]]  # of the sampling forward: only compared, never trained on
     old_logprobs: Sequence[Sequence[float]] | None = None  # of the policy that sampled; None: it is this one
     ref_logprobs: Sequence[Sequence[float]] | None = None  # of the reference policy, where there is one
+    budget: int = 0  # tokens that a suffix could have had
 
     @property
     def packed_tokens(self) -> int:
@@ -272,8 +290,8 @@ class Item:
         return len(self.context) + len(self.suffixes) * (max(map(len, self.suffixes)) - 1)
 
     def rows(self, part: slice) -> Item:
-        _, *per_row = vars(self).values()
-        return Item(self.context, *(x and x[part] for x in per_row))
+        _, *per_row, _ = vars(self).values()
+        return Item(self.context, *(x and x[part] for x in per_row), self.budget)
 
 
 def pack(items: Sequence[Item], device: torch.device | str = "cpu") -> Batch:
@@ -365,36 +383,49 @@ def shared_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1
 
 
 def update_denominator(items: Sequence[Item], aggregation: str) -> int:
-    """What the summed loss of a whole optimiser update is divided by, fixed before it is split."""
+    """What the summed loss of a whole optimiser update is divided by, fixed before it is split.
+
+    token: the number of its tokens (DAPO). response: of its responses, each counted by the mean over its
+    tokens (GRPO). sum: of its responses, each by its sum (RLOO). budget: responses times the tokens that the
+    longest suffix could have had, so that a response's weight does not depend on its length (Dr. GRPO).
+    """
+    responses = sum(len(item.suffixes) for item in items)
     if aggregation == "token":
         return sum(len(suffix) for item in items for suffix in item.suffixes)
-    return sum(len(item.suffixes) for item in items)
+    return responses * (max(item.budget for item in items) if aggregation == "budget" else 1)
 
 
 def policy_loss(logprobs: torch.Tensor, batch: Batch, denominator: int, *, clip_low: float, clip_high: float,
-                aggregation: str, kl_coef: float = 0.0) -> tuple[torch.Tensor, dict[str, float]]:
-    """Clipped surrogate with optional KL penalty (k3), to be minimised; suffix tokens only. [RPO-3]
+                aggregation: str, ratio_level: str = "token", surrogate: str = "clip",
+                kl_coef: float = 0.0) -> tuple[torch.Tensor, dict[str, float]]:
+    """The objective of ALGORITHMS with optional KL penalty (k3), to be minimised; suffix tokens only. [RPO-3]
 
     logprobs (R, S) with gradient. batch.old_logprobs None means on-policy: the ratio is 1, its gradient that
     of the log-prob. Returns the scalar loss, divided by `denominator` (see update_denominator), and sums over
-    tokens for the log: clipped, approx_kl, kl_ref. Source: 2402.03300 eq. 3, 2503.14476 eq. 8.
+    tokens for the log: clipped, approx_kl, kl_ref. Source: the papers beside ALGORITHMS.
     """
     mask = batch.mask
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     log_ratio = (logprobs - old).clamp(-20, 20)
-    ratio = log_ratio.exp()
+    sums = {"approx_kl": ((log_ratio.exp() - 1 - log_ratio) * mask).sum().item()}
+    if ratio_level == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1))[:, None]
+    ratio = log_ratio.exp().expand(mask.shape)
     advantages = batch.advantages.to(logprobs.dtype)[:, None]
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
-    token_objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
-    sums = {"clipped": ((clipped_ratio * advantages < ratio * advantages) & mask).sum().item(),
-            "approx_kl": (((ratio - 1) - log_ratio) * mask).sum().item()}
+    if surrogate == "cispo":
+        token_objective = clipped_ratio.detach() * advantages * logprobs
+        clipped = clipped_ratio != ratio
+    else:
+        token_objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
+        clipped = clipped_ratio * advantages < ratio * advantages
+    sums["clipped"] = (clipped & mask).sum().item()
     if kl_coef > 0:
         ref_ratio = (batch.ref_logprobs - logprobs).clamp(-20, 20)
         k3 = ref_ratio.exp() - ref_ratio - 1
         token_objective = token_objective - kl_coef * k3
         sums["kl_ref"] = (k3 * mask).sum().item()
-    if aggregation == "token":
-        total = (token_objective * mask).sum()
-    else:
-        total = ((token_objective * mask).sum(1) / mask.sum(1)).sum()
-    return -total / denominator, sums
+    per_response = (token_objective * mask).sum(1)
+    if aggregation == "response":
+        per_response = per_response / mask.sum(1)
+    return -per_response.sum() / denominator, sums

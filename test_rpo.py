@@ -210,10 +210,11 @@ def items_for(rows: list[list[int]], contexts: list[int], seed: int = 5) -> list
     for i, (context, lengths) in enumerate(zip(token_lists(seed, contexts), rows)):
         advantages = rng.normal(size=len(lengths)).astype(np.float32).tolist()
         suffixes = token_lists(seed + i + 1, lengths)
-        items.append(rpo.Item(context, suffixes, advantages, [[0.0] * n for n in lengths]))
+        items.append(rpo.Item(context, suffixes, advantages, [[0.0] * n for n in lengths], budget=BUDGET - i))
     return items
 
 
+BUDGET = 11  # of the first item: the longest suffix there could have been
 # suffixes of one token, a context of one token
 ITEMS = items_for([[4, 1, 7], [1, 1, 1], [5, 2, 9]], [6, 19, 1])
 
@@ -231,29 +232,32 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def plain_loss(model, items, algo: str, temperature: float, old=None, ref=None, kl_coef=0.0) -> torch.Tensor:
     """The objective written out response by response, token by token, over full-sequence forwards."""
     settings = rpo.ALGORITHMS[algo]
+    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
     total, tokens, responses = 0.0, 0, 0
     for i, item in enumerate(items):
         for row, advantage in enumerate(item.advantages):
             logprobs = plain_logprobs(model, item, row, temperature, VOCAB)
             terms = []
+            diffs = [lp - (lp.detach() if old is None else old[i][row][t]) for t, lp in enumerate(logprobs)]
             for t, lp in enumerate(logprobs):
-                ratio = torch.exp(lp - (lp.detach() if old is None else old[i][row][t]))
-                low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+                ratio = torch.exp(sum(diffs) / len(diffs) if algo == "gspo" else diffs[t])
                 term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+                if algo == "cispo":
+                    term = ratio.detach().clamp(max=5.0) * advantage * lp
                 if kl_coef:
                     diff = ref[i][row][t] - lp
                     term = term - kl_coef * (torch.exp(diff) - diff - 1)
                 terms.append(term)
-            total = total + (sum(terms) if algo == "dapo" else sum(terms) / len(terms))
+            total = total + (sum(terms) / len(terms) if algo in ("grpo", "gspo") else sum(terms))
             tokens += len(terms)
             responses += 1
-    return -total / (tokens if algo == "dapo" else responses)
+    return -total / {"dapo": tokens, "cispo": tokens, "dr_grpo": responses * BUDGET}.get(algo, responses)
 
 
 def loss_over(model, items, algo: str, temperature: float, tokens_per_forward: int, old=None, ref=None,
               kl_coef=0.0) -> float:
     """The loss of one update through micro-batches; leaves the gradient in the parameters."""
-    settings = {k: rpo.ALGORITHMS[algo][k] for k in ("clip_low", "clip_high", "aggregation")}
+    settings = {k: rpo.ALGORITHMS[algo][k] for k in train.OBJECTIVE} | {"kl_coef": kl_coef}
     denominator = rpo.update_denominator(items, settings["aggregation"])
     model.zero_grad()
     total = 0.0
@@ -266,7 +270,7 @@ def loss_over(model, items, algo: str, temperature: float, tokens_per_forward: i
                     values[row, :len(suffix)] = table_row(items, table, suffix)
                 setattr(batch, name, values.to(next(model.parameters()).dtype))
         logprobs, _ = rpo.shared_logprobs(model, batch, temperature, VOCAB)
-        loss, _ = rpo.policy_loss(logprobs, batch, denominator, kl_coef=kl_coef, **settings)
+        loss, _ = rpo.policy_loss(logprobs, batch, denominator, **settings)
         loss.backward()
         total += loss.item()
     return total
@@ -288,7 +292,7 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
     ref = [[x + 0.3 * torch.randn(x.shape, generator=noise, dtype=dtype) for x in rows] for rows in exact]
     expected = {}
     for algo in rpo.ALGORITHMS:
-        for kl_coef in (0.0, 0.1):
+        for kl_coef in (0.0, 0.1) if algo in ("grpo", "dapo") else (0.1,):
             model.zero_grad()
             loss = plain_loss(model, ITEMS, algo, 0.8, old, ref, kl_coef)
             loss.backward()
@@ -300,7 +304,7 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
     assert relative_error(got[batch.mask].detach(), want) < bound
     assert not got[~batch.mask].any()
     for (algo, kl_coef), (loss, grads) in expected.items():
-        for checkpointing in (False, True):
+        for checkpointing in (False, True) if algo in ("grpo", "dapo") else (False,):
             for tokens_per_forward in (1, 40, 10_000):  # row by row, about one problem, all at once
                 if checkpointing:
                     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -362,6 +366,8 @@ def test_group_advantages_by_hand():
     assert rpo.group_advantages([1, 0, 0, 0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assert rpo.group_advantages([0.1] * 6) == [0.0] * 6  # rounding of the mean must not become a direction
     assert rpo.group_advantages([1.0]) == [0.0]
+    assert rpo.group_advantages([1, 0, 0, 0], "mean") == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    assert rpo.group_advantages([1, 0, 0, 0], "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
 
 
 def hand_batch(advantages: list[float], lengths: list[int]) -> rpo.Batch:
@@ -396,6 +402,34 @@ def test_aggregation_by_hand():
     assert logprobs.grad.tolist() == [[-1, 0, 0], pytest.approx([1 / 6] * 3)]  # loss 0 is not gradient 0
 
 
+def test_the_six_algorithms_by_hand():
+    # two responses of 1 and 3 tokens, advantages 2 and -1, every token's ratio 1.5, log pi = log 0.3
+    batch = hand_batch([2.0, -1.0], [1, 3])
+    batch.old_logprobs = torch.full((2, 3), math.log(0.2))
+    items = [rpo.Item([1], [[2]], [2.0], [[0.0]], budget=6), rpo.Item([1], [[2] * 3], [-1.0], [[0.0] * 3])]
+    losses = {}
+    for algo, settings in rpo.ALGORITHMS.items():
+        logprobs = torch.full((2, 3), math.log(0.3), requires_grad=True)
+        denominator = rpo.update_denominator(items, settings["aggregation"])
+        loss, stats = rpo.policy_loss(logprobs, batch, denominator, **{k: settings[k] for k in train.OBJECTIVE})
+        loss.backward()
+        losses[algo] = loss.item(), stats["clipped"], logprobs.grad[:, 0].tolist()
+    log = math.log(0.3)
+    # the first response is clipped (no gradient), the second is not: its ratio counts against it, 1.5 * -1
+    by_hand = {"grpo": (-(2.4 - 1.5) / 2, 1, [0, 1.5 / 6]), "dapo": (-(2.56 - 4.5) / 4, 1, [0, 1.5 / 4]),
+               "dr_grpo": (-(2.4 - 4.5) / 12, 1, [0, 1.5 / 12]), "rloo": (-(2.4 - 4.5) / 2, 1, [0, 1.5 / 2]),
+               "gspo": (-(2 * 1.0004 - 1.5) / 2, 1, [0, 1.5 / 6]),
+               "cispo": (-(3 * log - 4.5 * log) / 4, 0, [-3 / 4, 1.5 / 4])}
+    for algo, (loss, clipped, gradient) in by_hand.items():
+        assert losses[algo][0] == pytest.approx(loss, abs=1e-6), algo
+        assert losses[algo][1] == clipped and losses[algo][2] == pytest.approx(gradient, abs=1e-6), algo
+    far = batch.old_logprobs - math.log(10)  # a ratio of 15: cispo's weight stops at 5
+    batch.old_logprobs = far
+    settings = {k: rpo.ALGORITHMS["cispo"][k] for k in train.OBJECTIVE}
+    loss, stats = rpo.policy_loss(torch.full((2, 3), log), batch, 4, **settings)
+    assert loss.item() == pytest.approx(-(10 * log - 15 * log) / 4) and stats["clipped"] == 4
+
+
 def test_kl_penalty_by_hand():
     batch = hand_batch([0.0], [2])
     batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.3)]])
@@ -411,11 +445,12 @@ def test_kl_penalty_by_hand():
 
 
 def entry(tokens: int, shortest: int) -> cache.Entry:
-    return cache.Entry(list(range(tokens)), 1.0, shortest, 0)
+    return cache.Entry(list(range(tokens)), 1.0, True, shortest, 0, limit=7.9)
 
 
 @pytest.mark.parametrize("max_cut, tokens, shortest, limit", [
-    (20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50), (1.0, 40, 60, 40), (0.01, 50, 30, 1)])
+    (20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50), (1.0, 40, 60, 40), (0.01, 50, 30, 1),
+    ("adaptive", 50, 30, 7), ("adaptive", 5, 30, 5)])
 def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     rng = np.random.default_rng(0)
     draws = 400 * limit
@@ -443,17 +478,118 @@ def test_max_cut_that_means_nothing_is_refused(text):
 
 
 def test_max_cut_tokens_and_fractions():
-    assert [cache.parse_max_cut(t) for t in ("300", "1", "0.5", "1.0")] == [300, 1, 0.5, 1.0]
+    assert [cache.parse_max_cut(t) for t in ("300", "1", "0.5", "1.0", "adaptive")] == [300, 1, 0.5, 1.0,
+                                                                                       "adaptive"]
     assert isinstance(cache.parse_max_cut("1"), int) and isinstance(cache.parse_max_cut("1.0"), float)
+
+
+def test_suffix_budget_by_hand():
+    assert [cache.parse_max_suffix(t) for t in ("", "400", "1.5", "1.0")] == [None, 400, 1.5, 1.0]
+    for text in ("0", "0.5", "-1", "inf", "x"):
+        with pytest.raises(ValueError, match="--max-suffix"):
+            cache.parse_max_suffix(text)
+    # a cut of 30 tokens, 100 are left to --max-response
+    assert [cache.suffix_budget(30, m, 100) for m in (None, 400, 40, 1.5, 9.9, 1.01)] == [100, 100, 40, 45, 100, 31]
+
+
+def test_every_nth_visit_is_a_full_path():
+    visits = [cache.is_full_visit(cache.Entry([1], 0.0, False, 1, 0, visits=v), 3) for v in range(7)]
+    assert visits == [False, False, True, False, False, True, False]
+    assert not cache.is_full_visit(entry(5, 5), 0)
+    assert cache.is_full_visit(entry(5, 5), 1)
+
+
+@pytest.mark.parametrize("keep, old, accuracy, allowed", [
+    (False, True, [0, 0, 1], {0, 1, 2}), (True, True, [0, 0, 1], {2}), (True, True, [1, 0, 1], {0, 2}),
+    (True, True, [0, 0, 0], {None}), (True, False, [0, 0, 1], {0, 1, 2}), (False, True, [0, 0, 0], {0, 1, 2})])
+def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, accuracy, allowed):
+    before = cache.Entry([9, 9], 1.0, old, 2, 3, visits=4, limit=5.0)
+    responses = [[0] * 7, [1] * 6, [2] * 8]
+    seen = set()
+    for seed in range(60):
+        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 8, np.random.default_rng(seed), 0.5,
+                             keep)
+        pick = None if after.response_ids == [9, 9] else after.response_ids[0]
+        seen.add(pick)
+        assert (after.visits, after.shortest, after.limit) == (5, 6, 5.0)
+        assert (after.step, after.correct) == ((3, old) if pick is None else (8, accuracy[pick] > 0))
+        assert after.reward == (1.0 if pick is None else [0.1, 0.2, 0.9][pick])
+    assert seen == allowed and before.visits == 4
+
+
+@pytest.mark.parametrize("start", [2.0, 900.0])
+def test_the_adaptive_cut_converges_to_half_of_the_suffixes_succeeding(start):
+    """A policy whose chance falls with the cut m as exp(-m / 100): mean over m ~ U{1..L} is 1/2 at L = 160."""
+    rng = np.random.default_rng(0)
+    path = cache.Entry(list(range(1000)), 1.0, True, 1000, 0, limit=start)
+    rates, limits = [], []
+    for _ in range(600):
+        m = 1000 - len(cache.cut(path, "adaptive", rng))
+        rates.append(float((rng.random(8) < math.exp(-m / 100)).mean()))
+        path = cache.steer(path, rates[-1], 2, 0, 0.5)
+        limits.append(path.limit)
+    assert 0.4 < np.mean(rates[100:]) < 0.6
+    assert 100 < np.median(limits[100:]) < 260
+
+
+def test_the_adaptive_limit_starts_between_its_bounds_and_stays_there():
+    fresh = cache.Entry(list(range(400)), 1.0, True, 400, 0)
+    assert cache.steer(fresh, 0.5, 4, 0, 1.0).limit == pytest.approx(40)  # sqrt(4 * 400)
+    assert cache.steer(fresh, 0.5, 4, 100, 1.0).limit == pytest.approx(20)
+    assert cache.steer(fresh, 1.0, 4, 0, 1.0).limit == pytest.approx(40 * math.exp(0.5))
+    grown, shrunk = fresh, fresh
+    for _ in range(50):
+        grown, shrunk = cache.steer(grown, 1.0, 4, 0, 1.0), cache.steer(shrunk, 0.0, 4, 0, 1.0)
+    assert (grown.limit, shrunk.limit) == (400, 4)
+    assert cache.steer(cache.Entry([1], 0.0, False, 1, 0), 1.0, 4, 0, 1.0).limit == 4
 
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    cache.save({"a": cache.Entry([5, 7, 2], 1.0, 3, 4), "b": cache.Entry([], 0.0, 1, 0)}, path)
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 2, 6.5), "b": cache.Entry([], 0.0, False, 1, 0)}
+    cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "shortest": 3, "step": 4},
-                     {"id": "b", "response_ids": [], "reward": 0.0, "shortest": 1, "step": 0}]
-    assert os.listdir(tmp_path) == ["cache.jsonl"]
+    assert all(line.pop("crc") for line in lines)
+    assert lines == [{"tokenizer": "words"},
+        {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
+         "visits": 2, "limit": 6.5},
+        {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0, "visits": 0,
+         "limit": 0.0}]
+    said = []
+    assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
+    assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
+    assert "line 2 has an unknown problem" in said.pop()
+    assert cache.load(path, "words", {"a", "b"}, 7, said.append) == {"b": entries["b"]}  # 7 is beyond the vocabulary
+    with pytest.raises(ValueError, match="tokenizer"):
+        cache.load(path, "other words", {"a", "b"}, 8, said.append)
+
+
+def test_a_damaged_cache_file_is_reported_and_never_gives_another_path(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "cache.jsonl"
+    entries = {f"{i:016x}": cache.Entry(rng.integers(0, 99, 30).tolist(), 1.0, True, 30, i) for i in range(20)}
+    cache.save(entries, path, "words")
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    for place in rng.integers(0, len(whole), 50):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        said = []
+        try:
+            got = cache.load(path, "words", set(entries), 99, said.append)
+        except ValueError as error:
+            assert place < header and "tokenizer" in str(error)
+            continue
+        assert place >= header and got.items() <= entries.items()
+        # a line break that became something else joins two lines, one within a line makes two of it
+        assert len(got) in (18, 19) and all(f"line {n}" in " ".join(said) for n in
+                                            [whole[:place].count(b"\n") + 1])
+    for length in rng.integers(header, len(whole) - 1, 20):  # cut off in the middle
+        path.write_bytes(whole[:length])
+        said = []
+        got = cache.load(path, "words", set(entries), 99, said.append)
+        assert got.items() <= entries.items() and len(got) >= whole[:length].count(b"\n") - 1
+        assert bool(said) == (whole[length - 1:length] != b"\n" and len(got) == whole[:length].count(b"\n") - 1)
 
 
 # ---------------------------------------------------------------------------------- rewards
@@ -729,6 +865,18 @@ def test_length_reward_is_equation_11() -> None:
     assert length_rewards([1, 1], [0, 10**9], alpha=1.0) == [1.0, 0.5] and length_rewards([], [], 1.0) == []
     with pytest.raises(ValueError, match="lengths"):
         length_rewards([1], [1, 2], 0.1)
+    # mean of the correct ones: 700 / 3
+    assert length_rewards(correct, lengths, 0.01, "correct")[1] == pytest.approx(1 / (1 + math.exp(-1 / 3)))
+    assert length_rewards([0, 0], [3, 5], 0.01, "correct") == [0, 0]
+
+
+def test_other_rewards_by_hand() -> None:
+    cosine = [rewards.cosine_reward(c, n, 100) for c in (True, False) for n in (0, 50, 100, 170)]
+    assert cosine == pytest.approx([1, 0.75, 0.5, 0.5, 0, -0.25, -0.5, -0.5])
+    overlong = [rewards.overlong_reward(n, 100, 20) for n in (10, 80, 85, 100, 130)]
+    assert overlong == pytest.approx([0, 0, -0.25, -1, -1])
+    texts = ["a\n</think>\nb", "a</think>b", "a\n</think>\nb\n</think>\nc", ""]
+    assert [rewards.format_reward(t) for t in texts] == [1, 0, 0, 0]
 
 
 @needs_shared
@@ -882,7 +1030,7 @@ def test_token_counts_agree_with_the_responses(finished):
     assert 150 * entries < initialisation < 421 * entries  # one whole path per entry, and nothing else
     visited = 3 * 3 * 2  # steps, problems, rounds at most; cached is what is visited and the chunk ahead
     assert entries <= visited + 6
-    cached = lines_of(finished / "cache.jsonl")
+    cached = lines_of(finished / "cache.jsonl")[1:]
     assert len(cached) == entries
     assert any(record["step"] > 0 for record in cached)
 
@@ -890,12 +1038,12 @@ def test_token_counts_agree_with_the_responses(finished):
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     problems = {p.id: p for p in load(str(TINY / "train.jsonl"))}
-    for record in lines_of(finished / "cache.jsonl"):
+    for record in lines_of(finished / "cache.jsonl")[1:]:
         text = tokenizer.decode(record["response_ids"])
         assert record["response_ids"].count(tokenizer.eos_token_id) == text.endswith("<|im_end|>")
         assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")
         answer = problems[record["id"]].answer
-        assert record["reward"] == 0 or is_correct(text.removesuffix("<|im_end|>"), answer)
+        assert record["correct"] == is_correct(text.removesuffix("<|im_end|>"), answer, loose=False)
     sample = lines_of(finished / "samples.jsonl")[0]
     assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
 
@@ -920,7 +1068,7 @@ def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
     # off-policy from the second update on
     assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)
     assert metrics[-1]["policy/kl_ref"] > 0  # moved away from the start
-    assert not (out / "cache.jsonl").exists()
+    assert len(lines_of(out / "cache.jsonl")) == 1  # no path is kept
 
 
 def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_path, monkeypatch, capsys):
@@ -951,15 +1099,144 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_pat
 
 
 def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.rewards, "length_rewards", lambda correct, lengths, alpha: [0.0] * len(correct))
+    monkeypatch.setattr(train.rewards, "length_rewards", lambda correct, *rest: [0.0] * len(correct))
     monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [False] * len(pairs))
     out = tmp_path / "run"
     assert train.main([*QUICK, "--out", str(out), "--eval-every", "0"]) == 0
     before = AutoModelForCausalLM.from_pretrained(TINY)
     after = AutoModelForCausalLM.from_pretrained(out / "policy")
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert {r["step"] for r in lines_of(out / "cache.jsonl")} >= {1, 2, 3}
+    assert {r["step"] for r in lines_of(out / "cache.jsonl")[1:]} >= {1, 2, 3}
     assert json.loads((out / "summary.json").read_text())["accuracy_after"] is None
+
+
+def run_with(out: Path, *options: str) -> list[dict]:
+    assert train.main([*QUICK, "--eval-every", "0", "--out", str(out), *options]) == 0
+    return lines_of(out / "metrics.jsonl")
+
+
+def test_first_paths_from_worked_solutions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "update_cache", lambda *args: None)
+    problems = lines_of(TINY / "train.jsonl")[:9]
+    given = [p | {"solution": f"So it is \\boxed{{{p['answer'] if i % 2 else 'wrong'}}}"}
+             for i, p in enumerate(problems)]
+    del given[0]["solution"]
+    source = write(tmp_path / "p.jsonl", *given)
+    out = tmp_path / "run"
+    run_with(out, "--data", source, "--steps", "1", "--cache-init", "solutions", "--cache-init-chunk", "0")
+    assert "1 of 9 problems have no worked solution" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    text_of = {p.id: p for p in load(source)}
+    first = [r for r in lines_of(out / "cache.jsonl")[1:] if text_of[r["id"]].solution]
+    assert len(first) >= 2
+    for record in first:
+        problem = text_of[record["id"]]
+        assert tokenizer.decode(record["response_ids"]) == problem.solution + "<|im_end|>"
+        assert record["correct"] == (problem.answer in problem.solution)
+    bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
+    message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
+    assert "--cache-init" in message and not (tmp_path / "no").exists()
+
+
+def test_full_visits_and_the_suffix_budget_in_the_loop(tmp_path):
+    three = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])
+    steps = run_with(tmp_path / "run", "--data", three, "--steps", "4", "--dynamic-rounds", "1",
+                     "--full-every", "2", "--max-cut", "9", "--max-suffix", "5", "--overlong-penalty", "0")
+    assert [m["response/cut_length"] == 0 for m in steps] == [False, True, False, True]
+    assert [m["response/prefix_length"] == 0 for m in steps] == [False, True, False, True]
+    assert all((m["response/suffix_length"] <= 5) == (m["response/cut_length"] > 0) for m in steps)
+
+
+def test_the_adaptive_cut_in_the_loop_follows_the_accuracy(tmp_path, monkeypatch):
+    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64", "--dynamic-rounds", "1",
+               "--steps", "2", "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
+    for right, factor in ((True, math.exp(0.5)), (False, math.exp(-0.5))):
+        monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [right] * len(pairs))
+        limits = [m["cache/limit"] for m in run_with(tmp_path / str(right), *options)]
+        assert limits == pytest.approx([16 * factor, 16 * factor**2])  # from sqrt(4 * 64)
+
+
+def test_own_reward_is_added_with_its_weight_and_logged_apart(tmp_path):
+    own = tmp_path / "mine.py"
+    own.write_text("def reward(problem, response_text):\n"
+                   "    return {'a': 2.0 if problem.answer else 0, 'b': -1.0}\n")
+    metrics = run_with(tmp_path / "run", "--reward-file", str(own), "--reward-file-weight", "0.5",
+                       "--length-reward", "0", "--overlong-penalty", "0", "--accuracy-weight", "3")
+    for m in metrics:
+        assert (m["reward/file/a"], m["reward/file/b"]) == (2.0, -1.0)
+        assert m["reward/mean"] == pytest.approx(3 * m["reward/accuracy"] + 0.5)
+
+
+@pytest.mark.parametrize("text, word", [
+    ("def reward(problem, text):\n    return 1 / 0\n", "line 2"), ("def reward(problem):\n    return 1\n", "reward()"),
+    ("x = 1\n", "no function"), ("def reward(:\n", "cannot be loaded"), (None, "cannot be loaded"),
+    ("def reward(p, t):\n    return float('nan')\n", "finite"), ("def reward(p, t):\n    return None\n", "None")])
+def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
+    own = tmp_path / "mine.py"
+    if text is not None:
+        own.write_text(text)
+    message = expect_error(capsys, tmp_path / "out", "--reward-file", str(own))
+    assert "--reward-file" in message and word in message and not (tmp_path / "out").exists()
+
+
+def test_an_all_correct_group_has_a_gradient_only_with_the_length_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [True] * len(pairs))
+    for alpha, trains in (("0", False), ("0.1", True)):
+        metrics = run_with(tmp_path / alpha, "--algo", "grpo", "--dynamic-rounds", "1", "--length-reward", alpha,
+                           "--max-cut", "1.0", "--temperature", "1.3", "--steps", "2")
+        assert (sum(m["group/trained"] for m in metrics) > 0) == trains
+        assert all(m["group/zero_std_fraction"] == 1 for m in metrics)
+
+
+def test_print_config_names_every_value_and_its_source(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--algo", "gspo", "--clip-low", "0.1", "--rollout", "full", "--print-config"])
+    assert end.value.code == 0
+    said = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert said["--clip-low"] == ["0.1", "command", "line"] and said["--steps"] == ["300", "default"]
+    assert said["--clip-high"] == ["0.0004", "--algo", "gspo"]
+    assert said["--length-reward"] == ["0.0", "--rollout", "full"]
+    assert len(said) == len(train.dataclasses.fields(train.Config))
+
+
+SWITCHES = {  # what the pairs of options are made of
+    "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
+    "--max-cut": ["20", "0.5", "adaptive"], "--max-suffix": ["", "30", "2.0"], "--epsilon": ["0.5", "1"],
+    "--cache-init": ["policy", "solutions"], "--cache-keep-correct": [False, True], "--full-every": ["0", "2"],
+    "--length-reward": ["0", "0.01"], "--length-reference": ["all", "correct"],
+    "--format-weight": ["0", "0.5"], "--cosine-weight": ["0", "1"], "--overlong-penalty": ["0", "1"],
+    "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],
+    "--advantage": [None, "std", "mean", "leave_one_out"], "--aggregation": [None, "token", "budget"],
+    "--gradient-checkpointing": [False, True]}
+
+
+def all_pairs() -> list[dict[str, object]]:
+    """Rows in which every two values of different switches meet at least once: greedy, seeded."""
+    rng, names = np.random.default_rng(0), list(SWITCHES)
+    left = {(a, x, b, y) for i, a in enumerate(names) for b in names[i + 1:]
+            for x in SWITCHES[a] for y in SWITCHES[b]}
+    chosen = []
+    while left:
+        tries = [{n: SWITCHES[n][rng.integers(len(SWITCHES[n]))] for n in names} for _ in range(40)]
+        a, x, b, y = min(left, key=str)
+        tries = [row | {a: x, b: y} for row in tries]
+        met = [{p for p in left if row[p[0]] == p[1] and row[p[2]] == p[3]} for row in tries]
+        best = max(range(40), key=lambda i: len(met[i]))
+        chosen.append(tries[best])
+        left -= met[best]
+    return chosen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", all_pairs(), ids=lambda row: "-".join(str(v) for v in row.values()))
+def test_every_pair_of_switches_runs_five_steps_with_finite_metrics(row, tmp_path):
+    problems = [p | {"solution": f"It is \\boxed{{{p['answer']}}}"} for p in lines_of(TINY / "train.jsonl")[:4]]
+    options = ["--data", write(tmp_path / "p.jsonl", *problems)]
+    for name, value in row.items():
+        flag = name if value else name.replace("--", "--no-", 1)
+        options += [flag] if isinstance(value, bool) else [] if value is None else [name, value]
+    metrics = run_with(tmp_path / "run", *options, "--steps", "5", "--max-response", "200")
+    assert len(metrics) == 5 and all(math.isfinite(v) for m in metrics for v in m.values())
 
 
 def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
@@ -979,7 +1256,9 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
     (["--data", "missing.jsonl"], "missing.jsonl"), (["--data", "."], "--data"), (["--device", "tpu"], "tpu"),
     (["--model", "Unheard-of"], "Unheard-of"), (["--updates-per-rollout", "4"], "--updates-per-rollout"),
     (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
-    (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args")])
+    (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args"),
+    (["--max-suffix", "0.5"], "--max-suffix"), (["--algo", "ppo"], "ppo"),
+    (["--overlong-buffer", "0"], "--overlong-buffer"), (["--adaptive-high", "3"], "--adaptive-high")])
 def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     out = tmp_path / "out"
@@ -1015,7 +1294,7 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_text("{}\n")
-    assert "holds another run" in expect_error(capsys, other)
+    assert "holds no run" in expect_error(capsys, other)
     assert os.listdir(other) == ["metrics.jsonl"]
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
     assert "not enough disk" in expect_error(capsys, out)

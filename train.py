@@ -11,12 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
+import math
 import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +30,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+import transformers
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
@@ -62,24 +68,45 @@ class Config:
     steps: int = option(300, "rounds of rollout and update")
     problems_per_step: int = option(64, "groups per step (B)")
     group_size: int = option(8, "suffixes per problem (G)")
-    max_cut: str = option("300", "longest cut L: tokens (300), or a fraction of the shortest response of the "
-                                 "problem's last group (0.5)")
+    max_cut: str = option("300", "longest cut L: tokens (300), a fraction of the shortest response of the "
+                                 "problem's last group (0.5), or adaptive: half of the suffixes succeed")
+    adaptive_low: int = option(8, "smallest L of --max-cut adaptive, tokens")
+    adaptive_high: int = option(0, "largest L of --max-cut adaptive, tokens; 0: the whole path")
+    adaptive_gain: float = option(1.0, "log L moves by gain * (share of right suffixes - 1/2) a visit")
+    max_suffix: str = option("", "longest suffix: tokens (400), a multiple of the cut (1.5); empty: up to "
+                                 "--max-response")
+    full_every: int = option(0, "every so many visits of a problem sample full paths; 0: never")
     epsilon: float = option(0.5, "probability that a group's best response is cached, else another one is")
-    length_reward: float | None = option(None, "alpha of the length-aware reward, 0: off; unset: 0.01 with "
-                                               "rpo, off with full, as in the paper's best rows")
+    cache_keep_correct: bool = option(False, "never replace a correct cached path by a wrong one")
+    cache_init: str = option("policy", "first paths: sampled, or the worked solutions of the data set",
+                             ("policy", "solutions"))
     cache_init_chunk: int = option(512, "problems whose first path is sampled at once, ahead of their first "
                                         "visit; 0: all before the first step")
     temperature: float = option(1.0, "of the sampling and of the log-probs")
     top_p: float = option(1.0, "nucleus; below 1 the ratio is biased")
     top_k: int = option(0, "most likely tokens kept, 0: all; above 0 the ratio is biased")
+    # the reward: weight * part, summed
+    accuracy_weight: float = option(1.0, "of the right answer (1 or 0, or its length-aware value)")
+    length_reward: float | None = option(None, "alpha of the length-aware reward, 0: off; unset: 0.01 with "
+                                               "rpo, off with full, as in the paper's best rows")
+    length_reference: str = option("all", "responses of the group whose mean length is the reference",
+                                   ("all", "correct"))
+    format_weight: float = option(0.0, "of the thoughts being closed once by </think> on its own line")
+    cosine_weight: float = option(0.0, "of a reward that falls with length: right 1 to 0.5, wrong 0 to -0.5")
+    overlong_penalty: float | None = option(None, "largest penalty near --max-response; unset: dapo 1, else 0")
+    overlong_buffer: float = option(0.2, "last share of --max-response in which that penalty grows")
+    reward_file: str = option("", "Python file with reward(problem, response_text) -> float or dict of floats")
+    reward_file_weight: float = option(1.0, "of what it returns")
     # the objective: unset values come from the algorithm's row in rpo.ALGORITHMS
-    clip_low: float | None = option(None, "lower clip of the ratio, 1 - clip_low; unset: 0.2")
-    clip_high: float | None = option(None, "upper clip, 1 + clip_high; unset: grpo 0.2, dapo 0.28")
-    aggregation: str | None = option(None, "mean over all tokens or over responses; unset: grpo response, "
-                                           "dapo token", ("token", "response"))
+    advantage: str | None = option(None, "of a response in its group", rpo.ADVANTAGES)
+    ratio_level: str | None = option(None, "one ratio per token, or per response (gspo)", rpo.RATIO_LEVELS)
+    surrogate: str | None = option(None, "clipped objective, or clipped weight of log pi", rpo.SURROGATES)
+    clip_low: float | None = option(None, "lower clip of the ratio: 1 - clip_low")
+    clip_high: float | None = option(None, "upper clip of the ratio: 1 + clip_high")
+    aggregation: str | None = option(None, "what the loss is a mean over", rpo.AGGREGATIONS)
     dynamic_rounds: int | None = option(None, "most sampling rounds to fill a step with groups of mixed "
-                                              "accuracy; unset: grpo 1 (no filling), dapo 10")
-    kl_coef: float = option(0.0, "weight of the KL penalty to the initial policy; 0: no reference model")
+                                              "accuracy; 1: no filling; unset: dapo 10, else 1")
+    kl_coef: float | None = option(None, "weight of the KL penalty to the initial policy; 0: no such model")
     updates_per_rollout: int = option(1, "optimiser updates per step, each on its share of the groups")
     # the optimiser
     lr: float = option(1e-6, "learning rate of AdamW")
@@ -95,11 +122,17 @@ class Config:
     rollout_memory: float = option(0.0, "GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     # the run
     eval_every: int = option(50, "steps between evaluations, also at start and end; 0: never")
-    save_every: int = option(50, "steps between saves of the policy, also at the end; 0: only at the end")
-    out: str = option("", "run folder; empty: runs/MODEL-ALGO-ROLLOUT-DATE-TIME")
+    save_every: int = option(50, "steps between checkpoints, also at the end; 0: only at the end")
+    keep_checkpoints: int = option(1, "the newest so many stay")
+    out: str = option("", "run folder, a run in it goes on; empty: runs/MODEL-ALGO-ROLLOUT-DATE-TIME")
+    resume: str = option("", "run folder to go on with, with its options")
+    resume_override: bool = option(False, "go on although options that change the mathematics differ")
+    trust_remote_code: bool = option(False, "run code that the model folder brings")
     seed: int = option(0, "of everything random")
 
 
+# may differ when a run goes on: the others change the mathematics
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume", "resume_override")
 ROLLOUTS = {"rpo": {"length_reward": 0.01}, "full": {"length_reward": 0.0}}
 # randomness is a function of (seed, step, purpose, problem), so that nothing depends on what was drawn before
 ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
@@ -108,21 +141,47 @@ ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
 def parse_config(arguments: Sequence[str]) -> Config:
     """Command line to Config; ends the program with one sentence and code 2 where it is wrong."""
     parser = argparse.ArgumentParser("train.py", description=__doc__, fromfile_prefix_chars="@",
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.convert_arg_line_to_args = lambda line: shlex.split(line, comments=True)
     kinds = {"str": str, "int": int, "float": float}
     for item in dataclasses.fields(Config):
         kind = item.type.split(" | ")[0]
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else \
             {"type": kinds[kind], "choices": item.metadata["choices"]}
-        default = "unset" if item.default is None else "empty" if item.default == "" else item.default
-        parser.add_argument(flag_of(item.name), default=item.default, **how,
+        default = "by --algo or --rollout" if item.default is None else item.default or repr(item.default)
+        parser.add_argument(flag_of(item.name), **how,
                             help=f"{item.metadata['help']} (default: {default})".replace("%", "%%"))
-    config = Config(**vars(parser.parse_args(arguments)))
+    parser.add_argument("--print-config", action="store_true",
+                        help="print every value and where it comes from, and end")
+    given = vars(parser.parse_args(arguments))
+    show = given.pop("print_config", False)
     try:
-        return check_config(config)
+        stored = {}
+        if given.get("resume"):
+            stored = stored_config(Path(given["resume"]), "--resume") | {"out": given["resume"]}
+            stored |= rpo.ALGORITHMS.get(given.get("algo"), {}) | ROLLOUTS.get(given.get("rollout"), {})
+        config = check_config(Config(**stored | given))
     except ValueError as error:
         parser.error(str(error))
+    if show:
+        for name, value in vars(config).items():
+            source = "command line" if name in given else f"--algo {config.algo}" if name in \
+                rpo.ALGORITHMS[config.algo] else f"--rollout {config.rollout}" if name in \
+                ROLLOUTS[config.rollout] else "default"
+            print(f"{flag_of(name):26s} {value!s:30s} {source}")
+        parser.exit()
+    return config
+
+
+def stored_config(out: Path, flag: str) -> dict[str, object]:
+    """The options of the run in that folder. Raises ValueError where there is none."""
+    try:
+        stored = json.loads((out / "config.json").read_text())
+        known = {item.name for item in dataclasses.fields(Config)}
+        return {name: value for name, value in stored.items() if name in known}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{flag} {out}: holds no run (config.json: {error}); give the folder of one") from error
 
 
 def flag_of(name: str) -> str:
@@ -134,11 +193,13 @@ def check_config(config: Config) -> Config:
     settings = rpo.ALGORITHMS[config.algo] | ROLLOUTS[config.rollout]
     config = dataclasses.replace(config, **{k: v for k, v in settings.items() if getattr(config, k) is None})
     cache.parse_max_cut(config.max_cut)
+    cache.parse_max_suffix(config.max_suffix)
     # numbers are at least 0; some at least 1 (a group of one has no advantage: 2), above 0, or at most 1
     least = {"group_size": 2} | dict.fromkeys(("steps", "problems_per_step", "max_prompt", "max_response",
-                                               "dynamic_rounds", "updates_per_rollout",
-                                               "tokens_per_forward"), 1)
-    positive, at_most_1 = ("lr", "temperature", "grad_clip", "top_p"), ("epsilon", "clip_low", "top_p")
+                                               "dynamic_rounds", "updates_per_rollout", "tokens_per_forward",
+                                               "adaptive_low", "keep_checkpoints"), 1)
+    positive = ("lr", "temperature", "grad_clip", "top_p", "overlong_buffer")
+    at_most_1 = ("epsilon", "clip_low", "top_p", "overlong_buffer")
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = least.get(name, 0), 1 if name in at_most_1 else float("inf")
@@ -149,6 +210,9 @@ def check_config(config: Config) -> Config:
     if config.updates_per_rollout > config.problems_per_step:
         raise ValueError(f"--updates-per-rollout {config.updates_per_rollout}: every update needs a problem, "
                          f"and --problems-per-step is {config.problems_per_step}")
+    if 0 < config.adaptive_high < config.adaptive_low:
+        raise ValueError(f"--adaptive-high {config.adaptive_high}: give 0 or at least --adaptive-low "
+                         f"{config.adaptive_low}")
     cuda = config.device.startswith("cuda") and torch.cuda.is_available()
     if config.device not in ("auto", "cpu") and not cuda:
         raise ValueError(f"--device {config.device}: there is no such device here; give auto, cpu or cuda")
@@ -156,6 +220,27 @@ def check_config(config: Config) -> Config:
 
 
 # ----------------------------------------------------------------------------------------------- set-up
+
+
+@dataclass
+class Progress:
+    """What changes while a run goes on, besides weights, optimiser and cache; part of every checkpoint."""
+
+    step: int = 0
+    position: int = 0  # problems visited so far
+    tokens_generated: int = 0  # cache initialisation included, evaluation not
+    tokens_full_path: int = 0  # what full paths would have needed for the same responses
+    tokens_per_forward: int = 0  # of the config, until the memory does not hold it
+    memory: float = 0.0  # GiB for keys and values, likewise
+    halved: list[str] = dataclasses.field(default_factory=list)  # which of those two
+    short_steps: int = 0  # steps that dynamic sampling did not fill
+    skipped_in_a_row: int = 0  # updates whose gradient was not finite
+    seconds: float = 0.0
+    eval_seconds: float = 0.0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    metrics: dict = dataclasses.field(default_factory=dict)  # of the last step, before its evaluation
+    log_bytes: dict = dataclasses.field(default_factory=dict)  # size of the logs without them
 
 
 @dataclass
@@ -173,16 +258,15 @@ class Run:
     model: PreTrainedModel
     ref_model: PreTrainedModel | None
     eos: tuple[int, ...]
-    memory: float
     checker: rewards.Checker
+    reward_file: rewards.RewardFile | None
+    solutions: dict[str, list[int]]  # first paths by problem id, where they are not sampled
+    progress: Progress
+    checkpoint: Path | None  # the one to go on from
+    lock: object  # held while this lives
     entries: dict[str, cache.Entry] = dataclasses.field(default_factory=dict)
-    position: int = 0  # problems visited so far
-    tokens_generated: int = 0  # cache initialisation included, evaluation not
-    tokens_full_path: int = 0  # what full paths would have needed for the same responses
-    tokens_per_forward: int = 0  # of the config, until the memory does not hold it
-
-    def __post_init__(self) -> None:
-        self.tokens_per_forward = self.config.tokens_per_forward
+    stop: bool = False  # after this step: a signal came
+    warned: set[str] = dataclasses.field(default_factory=set)
 
     def rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, *key))
@@ -199,13 +283,15 @@ def prepare(config: Config) -> Run:
     """Everything that can go wrong goes wrong here, the cheap things first. Raises ValueError or OSError."""
     now = time.strftime("%Y%m%d-%H%M%S")
     out = Path(config.out or f"runs/{Path(config.model).name}-{config.algo}-{config.rollout}-{now}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: holds another run or other files; give a new folder")
-    folder = None if config.data else data.find_model(config.model)  # a wrong file is said before a download
+    lock, checkpoint = check_folder(out, config), None
+    if lock:
+        checkpoint = max(out.glob("checkpoint-*[0-9]"), default=None)
+    trust = config.trust_remote_code
+    folder = None if config.data else data.find_model(config.model, trust)  # a wrong file before a download
     problems, held_out = split_problems(config, Path(config.model))
-    folder = folder or data.find_model(config.model)
-    check_disk(out, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = folder or data.find_model(config.model, trust)
+    check_disk(out, folder, config.keep_checkpoints)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     prompts = data.encode_prompts(problems + held_out, tokenizer, config.instruction, config.instruction_role,
                                   config.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
@@ -213,11 +299,16 @@ def prepare(config: Config) -> Run:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
                          f"{len(held_out)} held out; look at what was dropped, and at --max-prompt "
                          f"{config.max_prompt}")
+    reward_file = rewards.RewardFile(config.reward_file) if config.reward_file else None
+    if reward_file:
+        reward_file(problems[0], problems[0].solution)  # a mistake in it is better found now
+    solutions = data.encode_solutions(problems, tokenizer, config.max_response) \
+        if config.cache_init == "solutions" and config.rollout == "rpo" else {}
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
-    model = rpo.load_policy(folder, device)
+    model = rpo.load_policy(checkpoint / "policy" if checkpoint else folder, device, trust_remote_code=trust)
     window = getattr(model.config, "max_position_embeddings", None)
     if window and config.max_prompt + config.max_response > window:
         raise ValueError(f"--max-prompt {config.max_prompt} and --max-response {config.max_response}: "
@@ -225,14 +316,46 @@ def prepare(config: Config) -> Run:
     memory = config.rollout_memory or rollout.default_memory(device)
     rollout.slots(model.config, config.max_prompt + config.max_response, config.max_response,
                   config.group_size, memory, rpo.is_shared(model))
-    ref_model = rpo.load_policy(folder, device, dtype) if config.kl_coef > 0 else None
+    ref_model = rpo.load_policy(folder, device, dtype, trust) if config.kl_coef > 0 else None
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.top_p < 1 or config.top_k:
         tqdm.write("note: --top-p and --top-k cut what is sampled, not the log-probs: the ratio is biased")
     eos = data.eos_ids(tokenizer, model.generation_config.eos_token_id)
-    return Run(config, out, device, dtype, tokenizer, problems, prompts, held_out, model, ref_model, eos,
-               memory, rewards.Checker(loose=False))
+    progress = Progress(tokens_per_forward=config.tokens_per_forward, memory=memory)
+    run = Run(config, out, device, dtype, tokenizer, problems, prompts, held_out, model, ref_model, eos,
+              rewards.Checker(loose=False), reward_file, solutions, progress, checkpoint, lock)
+    if checkpoint:
+        restore(run)
+    return run
+
+
+def check_folder(out: Path, config: Config) -> object:
+    """The lock of a run to go on with, None for a new one. Raises ValueError where neither can be."""
+    if not (out / "config.json").exists():
+        if config.resume or out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--out {out}: holds no run to go on with, but other files; give a new folder")
+        return None
+    lock = lock_folder(out)
+    stored = stored_config(out, "--out")
+    changed = [flag_of(name) for name, value in vars(config).items()
+               if name not in FREE and stored.get(name) != value]
+    if changed and not config.resume_override:
+        raise ValueError(f"--out {out}: holds another run, which differs in {', '.join(changed)}; give a new folder "
+                         "to start anew, or the same values (--resume takes them over), or --resume-override to "
+                         "go on with changed ones")
+    return lock
+
+
+def lock_folder(out: Path) -> object:
+    """Held until the file is closed, also by the end of the process, however that comes about."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ValueError(f"--out {out}: another process is training in this folder; wait for its end or give "
+                         "another folder") from error
+    return file
 
 
 def split_problems(config: Config, folder: Path) -> tuple[list[data.Problem], list[data.Problem]]:
@@ -252,18 +375,20 @@ def split_problems(config: Config, folder: Path) -> tuple[list[data.Problem], li
     return [problems[i] for i in sorted(order[count:])], [problems[i] for i in order[:count]]
 
 
-def check_disk(out: Path, folder: Path) -> None:
-    """A save writes the policy in float32 beside the one before it. Raises ValueError without that room."""
+def check_disk(out: Path, folder: Path, keep: int) -> None:
+    """A checkpoint is policy and Adam's two states in float32. Raises ValueError without room for those kept."""
     weights = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
             weights += sum(int(np.prod(tensors.get_slice(key).get_shape())) for key in tensors.keys())
-    need = 2 * 4 * weights + 2**24  # and the cache, the logs
+    size = 12 * weights + 2**22  # and the cache, the logs
+    need = (keep + 1) * size  # an old one goes when the new one is whole
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in out.glob("checkpoint*/**/*") if f.is_file())
     if free < need:
-        raise ValueError(f"--out {out}: not enough disk for a checkpoint, {need / 2**20:.0f} MiB are needed "
+        raise ValueError(f"--out {out}: not enough disk for checkpoints, {need / 2**20:.0f} MiB are needed "
                          f"and {free / 2**20:.0f} MiB are free; make room or give another folder")
+    tqdm.write(f"checkpoints: {size / 2**20:.0f} MiB each, {keep} kept (--keep-checkpoints)")
 
 
 # ---------------------------------------------------------------------------------------------- rollout
@@ -276,39 +401,78 @@ def problem_at(run: Run, position: int) -> data.Problem:
 
 
 def fill_cache(run: Run, visits_left: int) -> None:
-    """Sample a first path for the next problems that have none (eq. 1): no filter on correctness."""
-    ahead = (problem_at(run, run.position + i) for i in range(min(visits_left, len(run.problems))))
-    missing = {p.id: p for p in ahead if p.id not in run.entries}
-    todo = list(missing.values())[:run.config.cache_init_chunk or None]
-    for start in range(0, len(todo), 512):  # saved at once, part by part
-        part = todo[start:start + 512]
-        groups = sample_groups(run, [(p, []) for p in part], 1, (0, INIT), "cache initialisation")
-        for group in groups:
-            path = group.responses[0]
-            run.entries[group.problem.id] = cache.Entry(path, group.rewards[0], len(path), 0)
-        cache.save(run.entries, run.out / "cache.jsonl")
-
-
-def sample_groups(run: Run, work: list[tuple[data.Problem, list[int]]], group_size: int, key: tuple[int, int],
-                  label: str) -> list[rollout.Group]:
-    """Continue each (problem, prefix) `group_size` times and reward the whole responses."""
+    """First paths for the next problems that have none (eq. 1): sampled, no filter on correctness. [RPO-8]"""
     c = run.config
-    requests = [rollout.Request(run.prompts[p.id] + prefix, c.max_response - len(prefix),
-                                [(c.seed, *key, int(p.id, 16), row) for row in range(group_size)])
-                for p, prefix in work]
-    with run.autocast():
-        results = rollout.generate(run.model, requests, run.sampling(), run.memory, label)
-    groups = [rollout.Group(p, run.prompts[p.id], prefix, suffixes)
-              for (p, prefix), suffixes in zip(work, results)]
+    ahead = (problem_at(run, run.progress.position + i) for i in range(min(visits_left, len(run.problems))))
+    missing = {p.id: p for p in ahead if p.id not in run.entries}
+    todo = list(missing.values())[:c.cache_init_chunk or None]
+    given = [p for p in todo if p.id in run.solutions]
+    right = run.checker.check([(p.solution, p.answer) for p in given])
+    first = [(p, run.solutions[p.id], float(ok), float(ok)) for p, ok in zip(given, right)]
+    groups = sample_groups(run, [plan(run, p) for p in todo if p.id not in run.solutions], 1, (0, INIT),
+                           "cache initialisation")
+    first += [(g.problem, g.responses[0], g.rewards[0], g.accuracy[0]) for g in groups]
+    for problem, path, reward, accuracy in first:
+        entry = cache.Entry(path, reward, accuracy > 0, len(path), 0)
+        run.entries[problem.id] = steered(c, entry, 0.5)  # which sets the limit and does not move it
+
+
+def steered(c: Config, entry: cache.Entry, pass_rate: float) -> cache.Entry:
+    return cache.steer(entry, pass_rate, c.adaptive_low, c.adaptive_high, c.adaptive_gain) \
+        if c.max_cut == "adaptive" else entry
+
+
+def plan(run: Run, problem: data.Problem, prefix: Sequence[int] = (), cut: int = 0) -> rollout.Group:
+    """A group still without suffixes."""
+    c = run.config
+    room = c.max_response - len(prefix)
+    budget = cache.suffix_budget(cut, cache.parse_max_suffix(c.max_suffix), room) if cut else room
+    return rollout.Group(problem, run.prompts[problem.id], list(prefix), [], cut, budget)
+
+
+def sample_groups(run: Run, planned: list[rollout.Group], group_size: int, key: tuple[int, int],
+                  label: str) -> list[rollout.Group]:
+    """Continue the prefix of each group `group_size` times and reward the whole responses."""
+    requests = [rollout.Request(g.prompt_ids + g.prefix_ids, g.budget,
+                                [(run.config.seed, *key, int(g.problem.id, 16), row)
+                                 for row in range(group_size)]) for g in planned]
+
+    def generate() -> list[list[rollout.Suffix]]:
+        with run.autocast():
+            return rollout.generate(run.model, requests, run.sampling(), run.progress.memory, label)
+    results = smaller_if_out_of_memory(run, "memory", generate)
+    groups = [dataclasses.replace(g, suffixes=suffixes) for g, suffixes in zip(planned, results)]
     texts = [run.tokenizer.batch_decode(group.responses, skip_special_tokens=True) for group in groups]
     flags = iter(run.checker.check([(t, g.problem.answer) for g, row in zip(groups, texts) for t in row]))
-    for group in groups:
-        group.accuracy = [float(next(flags)) for _ in group.suffixes]
-        lengths = [len(r) for r in group.responses]
-        group.rewards = rewards.length_rewards(group.accuracy, lengths, c.length_reward)
-        run.tokens_generated += sum(len(s.ids) for s in group.suffixes)
-        run.tokens_full_path += sum(map(len, group.responses)) if key[1] == SAMPLE else 0
+    for group, row in zip(groups, texts):
+        group.accuracy = [float(next(flags)) for _ in row]
+        group.rewards, group.parts = reward(run, group, row)
+        run.progress.tokens_generated += sum(len(s.ids) for s in group.suffixes)
+        run.progress.tokens_full_path += sum(map(len, group.responses)) if key[1] == SAMPLE else 0
     return groups
+
+
+def reward(run: Run, group: rollout.Group, texts: list[str]) -> tuple[list[float], dict[str, list[float]]]:
+    """Rewards of a group's responses: the weighted sum of its parts; the parts besides accuracy, unweighted."""
+    c, lengths = run.config, [len(r) for r in group.responses]
+    shaped = rewards.length_rewards(group.accuracy, lengths, c.length_reward, c.length_reference)
+    total, parts = c.accuracy_weight * np.array(shaped), {}
+
+    def add(name: str, weight: float, values: Callable[[], list[float]]) -> None:
+        nonlocal total
+        if weight:
+            parts[name] = values()
+            total = total + weight * np.array(parts[name])
+
+    add("format", c.format_weight, lambda: [rewards.format_reward(t) for t in texts])
+    add("cosine", c.cosine_weight, lambda: [rewards.cosine_reward(a > 0, n, c.max_response)
+                                            for a, n in zip(group.accuracy, lengths)])
+    add("overlong", c.overlong_penalty, lambda: [
+        rewards.overlong_reward(n, c.max_response, c.overlong_buffer * c.max_response) for n in lengths])
+    own = [run.reward_file(group.problem, t) for t in texts] if run.reward_file else []
+    for name in sorted({name for row in own for name in row}):
+        add(name, c.reward_file_weight, lambda: [row.get(name, 0.0) for row in own])
+    return total.tolist(), parts
 
 
 def collect(run: Run, step: int) -> tuple[list[rollout.Group], list[rollout.Group]]:
@@ -321,18 +485,8 @@ def collect(run: Run, step: int) -> tuple[list[rollout.Group], list[rollout.Grou
     sampled: list[rollout.Group] = []
     kept: list[rollout.Group] = []
     for _ in range(c.dynamic_rounds):
-        work = []
-        for _ in range(c.problems_per_step - len(kept)):
-            problem, prefix = problem_at(run, run.position), []
-            if c.rollout == "rpo":
-                if problem.id not in run.entries:
-                    fill_cache(run, (c.steps - step + 1) * c.problems_per_step)
-                # position, not only the step: dynamic sampling can meet a problem twice in a step
-                rng = run.rng(step, CUT, run.position)
-                prefix = cache.cut(run.entries[problem.id], cache.parse_max_cut(c.max_cut), rng)
-            work.append((problem, prefix))
-            run.position += 1
-        groups = sample_groups(run, work, c.group_size, (step, SAMPLE), "rollout")
+        planned = [next_group(run, step) for _ in range(c.problems_per_step - len(kept))]
+        groups = sample_groups(run, planned, c.group_size, (step, SAMPLE), "rollout")
         sampled += groups
         kept += [g for g in groups if len(set(g.accuracy if c.dynamic_rounds > 1 else g.rewards)) > 1]
         if len(kept) == c.problems_per_step:
@@ -340,52 +494,93 @@ def collect(run: Run, step: int) -> tuple[list[rollout.Group], list[rollout.Grou
     return sampled, kept
 
 
+def next_group(run: Run, step: int) -> rollout.Group:
+    """The next problem, with a prefix of its cached path unless full paths are due."""
+    c, problem = run.config, problem_at(run, run.progress.position)
+    # position, not only the step: dynamic sampling can meet a problem twice in a step
+    rng = run.rng(step, CUT, run.progress.position)
+    prefix, cut = [], 0
+    if c.rollout == "rpo":
+        if problem.id not in run.entries:
+            fill_cache(run, (c.steps - step + 1) * c.problems_per_step)
+        entry = run.entries[problem.id]
+        if not cache.is_full_visit(entry, c.full_every):
+            prefix = cache.cut(entry, cache.parse_max_cut(c.max_cut), rng)
+            cut = len(entry.response_ids) - len(prefix)
+    run.progress.position += 1
+    return plan(run, problem, prefix, cut)
+
+
 def update_cache(run: Run, groups: list[rollout.Group], step: int) -> None:
     """Every visited problem, those without a gradient too."""
+    c = run.config
     for index, group in enumerate(groups):
-        pick = cache.choose(group.rewards, run.config.epsilon, run.rng(step, UPDATE, index))
-        responses = group.responses
-        shortest = min(map(len, responses))
-        run.entries[group.problem.id] = cache.Entry(responses[pick], group.rewards[pick], shortest, step)
-    cache.save(run.entries, run.out / "cache.jsonl")
+        entry = cache.update(run.entries[group.problem.id], group.responses, group.rewards, group.accuracy, step,
+                             run.rng(step, UPDATE, index), c.epsilon, c.cache_keep_correct)
+        # a full path says nothing about the cut
+        run.entries[group.problem.id] = steered(c, entry, float(np.mean(group.accuracy))) if group.cut else entry
 
 
 # ----------------------------------------------------------------------------------------------- update
 
 
-def make_items(groups: list[rollout.Group]) -> list[rpo.Item]:
+OBJECTIVE = ("clip_low", "clip_high", "aggregation", "ratio_level", "surrogate", "kl_coef")
+
+
+def make_items(groups: list[rollout.Group], advantage: str) -> list[rpo.Item]:
     return [rpo.Item(g.prompt_ids + g.prefix_ids, [s.ids for s in g.suffixes],
-                     rpo.group_advantages(g.rewards), [s.logprobs for s in g.suffixes]) for g in groups]
+                     rpo.group_advantages(g.rewards, advantage), [s.logprobs for s in g.suffixes],
+                     budget=g.budget) for g in groups]
 
 
 def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
                   groups: list[rollout.Group]) -> dict[str, float]:
     """`updates_per_rollout` optimiser updates, each on its share of the groups; metrics of them together."""
     c = run.config
-    items = make_items(groups)
+    items = make_items(groups, c.advantage)
     shares = [items[i::c.updates_per_rollout] for i in range(min(c.updates_per_rollout, len(items)))]
     run.model.train()  # gradient checkpointing works in train mode only; there is no dropout
     # all before the first update, which is on-policy: there its own forward gives the old log-probs
     shares = [shares[0], *(with_logprobs(run, share, old_logprobs=run.model) for share in shares[1:])]
     if run.ref_model is not None:
         shares = [with_logprobs(run, share, ref_logprobs=run.ref_model) for share in shares]
-    sums, gap_max = Counter(), 0.0
+    sums, gap_max, skipped = Counter(), 0.0, 0
     for share in shares:
-        stats, gap = smaller_if_out_of_memory(run, accumulate_gradient, run, share)
-        sums.update(stats)
-        gap_max = max(gap_max, gap)
-        sums["norm"] += float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip))
-        optimizer.step()
+        stats, gap = smaller_if_out_of_memory(run, "tokens_per_forward", accumulate_gradient, run, share)
+        norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), c.grad_clip))
+        if math.isfinite(norm):
+            sums.update(stats, norm=norm)
+            gap_max = max(gap_max, gap)
+            optimizer.step()
+            scheduler.step()
+            run.progress.skipped_in_a_row = 0
+        else:
+            skipped += 1
+            skip_update(run, share, norm)
         optimizer.zero_grad()
-        lr = scheduler.get_last_lr()[0]
-        scheduler.step()
     run.model.eval()
-    tokens = sums["tokens"]
-    return {"policy/entropy": sums["entropy"] / tokens, "policy/clip_fraction": sums["clipped"] / tokens,
-            "policy/approx_kl": sums["approx_kl"] / tokens, "policy/kl_ref": sums["kl_ref"] / tokens,
-            "policy/grad_norm": sums["norm"] / len(shares), "policy/lr": lr,
-            "policy/sampling_gap_mean": sums["gap"] / tokens, "policy/sampling_gap_max": gap_max,
-            "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
+    metrics = {"policy/skipped_updates": skipped, "policy/lr": scheduler.get_last_lr()[0]}
+    if tokens := sums["tokens"]:
+        metrics |= {"policy/entropy": sums["entropy"] / tokens, "policy/clip_fraction": sums["clipped"] / tokens,
+                    "policy/approx_kl": sums["approx_kl"] / tokens, "policy/kl_ref": sums["kl_ref"] / tokens,
+                    "policy/grad_norm": sums["norm"] / (len(shares) - skipped),
+                    "policy/sampling_gap_mean": sums["gap"] / tokens, "policy/sampling_gap_max": gap_max,
+                    "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
+    return metrics
+
+
+class Diverged(RuntimeError):
+    """Ten updates in a row had no finite gradient."""
+
+
+def skip_update(run: Run, items: list[rpo.Item], norm: float) -> None:
+    """Count an update without a finite gradient and leave its batch for inspection. Raises Diverged."""
+    run.progress.skipped_in_a_row += 1
+    path = run.out / f"skipped-{run.progress.step + 1}.json"
+    path.write_text(json.dumps([dataclasses.asdict(item) for item in items]))
+    tqdm.write(f"step {run.progress.step + 1}: gradient norm {norm}: update skipped, its batch is in {path}")
+    if run.progress.skipped_in_a_row == 10:
+        raise Diverged("ten updates in a row had no finite gradient; the policy is still the one before them")
 
 
 def accumulate_gradient(run: Run, items: list[rpo.Item]) -> tuple[Counter, float]:
@@ -394,12 +589,11 @@ def accumulate_gradient(run: Run, items: list[rpo.Item]) -> tuple[Counter, float
     run.model.zero_grad()
     denominator = rpo.update_denominator(items, c.aggregation)
     sums, gap_max = Counter(), 0.0
-    for part in rpo.micro_batches(items, run.tokens_per_forward):
+    for part in rpo.micro_batches(items, run.progress.tokens_per_forward):
         batch = rpo.pack(part, run.device)
         with run.autocast():
             logprobs, entropy = logprobs_of(run, run.model, batch)
-            loss, stats = rpo.policy_loss(logprobs, batch, denominator, clip_low=c.clip_low,
-                                          clip_high=c.clip_high, aggregation=c.aggregation, kl_coef=c.kl_coef)
+            loss, stats = rpo.policy_loss(logprobs, batch, denominator, **{k: getattr(c, k) for k in OBJECTIVE})
         loss.backward()
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         gap = (old - batch.sampled_logprobs)[batch.mask].abs()
@@ -417,7 +611,7 @@ def with_logprobs(run: Run, items: list[rpo.Item], **models: PreTrainedModel) ->
 
     def pieces() -> list[rpo.Item]:
         done = []
-        for part in rpo.micro_batches(items, run.tokens_per_forward):
+        for part in rpo.micro_batches(items, run.progress.tokens_per_forward):
             batch = rpo.pack(part, run.device)
             with run.autocast():
                 logprobs, _ = logprobs_of(run, model, batch)
@@ -426,20 +620,23 @@ def with_logprobs(run: Run, items: list[rpo.Item], **models: PreTrainedModel) ->
                 own = [next(rows)[:len(suffix)] for suffix in item.suffixes]
                 done.append(dataclasses.replace(item, **{name: own}))
         return done
-    return smaller_if_out_of_memory(run, pieces)
+    return smaller_if_out_of_memory(run, "tokens_per_forward", pieces)
 
 
-def smaller_if_out_of_memory(run: Run, work: Callable, *args: object) -> object:
-    """work(*args), once more with half the tokens per forward if the device's memory does not hold it."""
+def smaller_if_out_of_memory(run: Run, size: str, work: Callable, *args: object) -> object:
+    """work(*args), once more with half of that size (a field of Progress) if the device's memory is too small."""
     try:
         return work(*args)
     except torch.OutOfMemoryError:
-        if run.tokens_per_forward < run.config.tokens_per_forward:
-            raise  # that was with the half already
+        if size in run.progress.halved:
+            raise
     torch.cuda.empty_cache()  # here, not above: the error holds on to the tensors of the failed try
-    run.tokens_per_forward //= 2
-    tqdm.write(f"out of memory: --tokens-per-forward {run.config.tokens_per_forward} is halved to "
-               f"{run.tokens_per_forward} from here on, the gradient is the same")
+    run.progress.halved.append(size)
+    before = getattr(run.progress, size)
+    setattr(run.progress, size, before // 2 if isinstance(before, int) else before / 2)
+    flag = {"memory": "--rollout-memory"}.get(size, flag_of(size))
+    tqdm.write(f"out of memory: {flag} {before:.6g} is halved to {getattr(run.progress, size):.6g} from here on; "
+               "results are the same")
     return work(*args)
 
 
@@ -456,9 +653,12 @@ def rollout_metrics(sampled: list[rollout.Group], kept: list[rollout.Group]) -> 
 
     return {"reward/mean": mean(r for g in sampled for r in g.rewards),
             "reward/accuracy": mean(a for g in sampled for a in g.accuracy),
+            **{f"reward/{name}": mean(x for g in sampled for x in g.parts.get(name, []))
+               for name in sorted({name for g in sampled for name in g.parts})},
             "group/zero_std_fraction": mean(len(set(g.accuracy)) == 1 for g in sampled),
             "group/sampled": len(sampled), "group/trained": len(kept),
             "response/length": mean(len(r) for g in sampled for r in g.responses),
+            "response/cut_length": mean(g.cut for g in sampled),
             "response/prefix_length": mean(len(g.prefix_ids) for g in sampled),
             "response/suffix_length": mean(len(s.ids) for g in sampled for s in g.suffixes),
             "response/finished_fraction": mean(s.finished for g in sampled for s in g.suffixes)}
@@ -487,23 +687,78 @@ def append_json(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def save_policy(run: Run) -> None:
-    """Policy and tokenizer in hub format, float32; the save before goes only when the new one is whole."""
-    new, final, old = (run.out / name for name in ("policy.tmp", "policy", "policy.old"))
-    shutil.rmtree(new, ignore_errors=True)
-    run.model.save_pretrained(new)
-    run.tokenizer.save_pretrained(new)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
+# ------------------------------------------------------------------------------------------ checkpoints
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
+                    scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """A new folder that gets its name when it is whole; if that fails, the one before stays and it is said."""
+    new, final = run.out / "checkpoint.tmp", run.out / f"checkpoint-{run.progress.step:06d}"
+    run.progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS if (run.out / name).exists()}
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        run.model.save_pretrained(new / "policy")  # hub format, float32
+        run.tokenizer.save_pretrained(new / "policy")
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, new / "optimizer.pt")
+        cache.save(run.entries, new / "cache.jsonl", fingerprint(run.tokenizer.get_vocab()))
+        state = {"progress": dataclasses.asdict(run.progress), "problems": fingerprint(sorted(run.prompts)),
+                 "config": dataclasses.asdict(run.config),
+                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        (new / "state.json").write_text(json.dumps(state))
+        for file in [*new.rglob("*"), new]:
+            sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(new, final)
+        sync(run.out)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        tqdm.write(f"step {run.progress.step}: the checkpoint could not be written ({one_line(error)}); the one "
+                   "before is kept, the run goes on")
+        return
+    for name in ("policy", "cache.jsonl"):
+        link = run.out / "link.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{final.name}/{name}")
+        os.replace(link, run.out / name)
+    for old in sorted(run.out.glob("checkpoint-*[0-9]"))[:-run.config.keep_checkpoints]:
+        shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def restore(run: Run) -> None:
+    """Progress, cache and logs as they were; weights and optimiser are loaded where they are made."""
+    state = json.loads((run.checkpoint / "state.json").read_text())
+    if state["problems"] != fingerprint(sorted(run.prompts)):
+        raise ValueError(f"--resume {run.out}: the problems of --data or --eval-data are not those of the run")
+    halved = state["progress"]["halved"]
+    new = {} if halved else {"tokens_per_forward": run.progress.tokens_per_forward, "memory": run.progress.memory}
+    run.progress = Progress(**state["progress"] | new)
+    path = run.checkpoint / "cache.jsonl"
+    run.entries = cache.load(path, fingerprint(run.tokenizer.get_vocab()), {p.id for p in run.problems},
+                             len(run.tokenizer), tqdm.write)
 
 
 def evaluate_policy(run: Run, step: int) -> dict[str, float]:
     with run.autocast():
         prompts = [run.prompts[p.id] for p in run.held_out]
         result = evaluate(run.model, run.tokenizer, run.held_out, prompts, run.checker,
-                          run.config.max_response, run.memory, run.eos)
+                          run.config.max_response, run.progress.memory, run.eos)
     tqdm.write(f"step {step}: pass@1 {result.accuracy:.3f} on {result.problems} held-out problems (greedy, "
                f"full path; mean response {result.length_mean:.0f} tokens, "
                f"{result.finished_fraction:.0%} finished; {result.seconds:.0f} s)")
@@ -514,8 +769,7 @@ def evaluate_policy(run: Run, step: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- loop
 
 
-def train(run: Run) -> dict[str, float]:
-    """The loop: suffix rollout <-> policy-gradient update. Returns the summary."""
+def make_optimizer(run: Run) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     c = run.config
     matrices = [p for p in run.model.parameters() if p.ndim >= 2]
     others = [p for p in run.model.parameters() if p.ndim < 2]
@@ -523,57 +777,106 @@ def train(run: Run) -> dict[str, float]:
                                    {"params": others, "weight_decay": 0.0}], lr=c.lr)
     warmup = max(1, c.warmup_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warmup))
-    metrics_file = run.out / "metrics.jsonl"
-    start = time.perf_counter()
-    eval_seconds, short_steps = 0.0, 0
-    accuracy = {}
-    if c.eval_every:
+    if run.checkpoint:
+        states = torch.load(run.checkpoint / "optimizer.pt", map_location=run.device, weights_only=True)
+        optimizer.load_state_dict(states["optimizer"])
+        scheduler.load_state_dict(states["scheduler"])
+    return optimizer, scheduler
+
+
+def train(run: Run) -> dict[str, float] | None:
+    """The loop: suffix rollout <-> policy-gradient update. Returns the summary, None if a signal ended it."""
+    c, progress = run.config, run.progress
+    optimizer, scheduler = make_optimizer(run)
+    for name in LOGS:  # lines from after the checkpoint come again
+        if (run.out / name).exists():
+            os.truncate(run.out / name, progress.log_bytes.get(name, 0))
+    start = time.perf_counter() - progress.seconds
+    if run.checkpoint:
+        finish_step(run, start)
+    elif c.eval_every:
         evaluation = evaluate_policy(run, 0)
-        accuracy[0], eval_seconds = evaluation["eval/accuracy"], evaluation["time/eval_s"]
-        append_json(metrics_file, {"step": 0, **evaluation})
-    bar = tqdm(range(1, c.steps + 1), desc=f"{c.algo} {c.rollout}", unit="step")
+        progress.accuracy_before = evaluation["eval/accuracy"]
+        append_json(run.out / "metrics.jsonl", {"step": 0, **evaluation})
+    bar = tqdm(range(progress.step + 1, c.steps + 1), desc=f"{c.algo} {c.rollout}", unit="step",
+               initial=progress.step, total=c.steps)
     for step in bar:
-        before, tokens_before = time.perf_counter(), run.tokens_generated
-        run.checker.timeouts = run.checker.refused = run.checker.check_ms_max = 0
-        sampled, kept = collect(run, step)
-        rollout_seconds = time.perf_counter() - before
-        metrics = {"step": step, **rollout_metrics(sampled, kept)}
-        before = time.perf_counter()
-        if kept:
-            metrics |= update_policy(run, optimizer, scheduler, kept)
-        metrics["time/update_s"] = time.perf_counter() - before
-        if c.rollout == "rpo":
-            update_cache(run, sampled, step)
-            metrics["cache/entries"] = len(run.entries)
-            metrics["cache/reward"] = float(np.mean([e.reward for e in run.entries.values()]))
-        write_samples(run, sampled, step)
-        if c.dynamic_rounds > 1 and len(kept) < c.problems_per_step:
-            short_steps += 1
-            if short_steps <= 3:
-                tqdm.write(f"step {step}: {len(kept)} of {c.problems_per_step} groups have mixed accuracy "
-                           f"after {c.dynamic_rounds} rounds (--dynamic-rounds): trained on those"
-                           + ("; from now on only counted" if short_steps == 3 else ""))
-        step_tokens = run.tokens_generated - tokens_before
-        metrics |= {"reward/timeouts": run.checker.timeouts, "reward/refused": run.checker.refused,
-                    "reward/check_ms_max": run.checker.check_ms_max,
-                    "tokens/generated": run.tokens_generated, "tokens/full_path": run.tokens_full_path,
-                    "tokens/per_s": step_tokens / rollout_seconds, "time/rollout_s": rollout_seconds,
-                    "memory/peak_gib": peak_memory_gib(run.device)}
-        if c.save_every and step % c.save_every == 0 or step == c.steps:
-            save_policy(run)  # before the evaluation: a failure there must not lose it
-        if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
-            metrics |= evaluate_policy(run, step)
-            accuracy[step] = metrics["eval/accuracy"]
-            eval_seconds += metrics["time/eval_s"]
-        metrics["time/total_s"] = time.perf_counter() - start
-        append_json(metrics_file, metrics)
+        try:
+            progress.metrics = train_step(run, step, optimizer, scheduler)
+        except Diverged:
+            save_checkpoint(run, optimizer, scheduler)
+            raise
+        progress.step, progress.seconds = step, time.perf_counter() - start
         bar.set_postfix_str("reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix "
-                            "{response/suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**metrics))
+                            "{response/suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**progress.metrics))
+        if c.save_every and step % c.save_every == 0 or step == c.steps or run.stop:
+            save_checkpoint(run, optimizer, scheduler)  # before the evaluation: a failure there must not lose it
+        if run.stop:
+            return None
+        finish_step(run, start)
     seconds = time.perf_counter() - start
-    return {"accuracy_before": accuracy.get(0), "accuracy_after": accuracy.get(c.steps), "steps": c.steps,
-            "tokens_generated": run.tokens_generated, "tokens_full_path": run.tokens_full_path,
-            "seconds": seconds, "seconds_without_evaluation": seconds - eval_seconds,
-            "short_steps": short_steps}
+    return {"accuracy_before": progress.accuracy_before, "accuracy_after": progress.accuracy_after,
+            "steps": c.steps, "tokens_generated": progress.tokens_generated,
+            "tokens_full_path": progress.tokens_full_path, "seconds": seconds,
+            "seconds_without_evaluation": seconds - progress.eval_seconds, "short_steps": progress.short_steps}
+
+
+def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer,
+               scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+    """Rollout, update, cache update; the metrics of the step."""
+    c, progress = run.config, run.progress
+    before, tokens_before = time.perf_counter(), progress.tokens_generated
+    run.checker.timeouts = run.checker.refused = run.checker.check_ms_max = 0
+    sampled, kept = collect(run, step)
+    rollout_seconds = time.perf_counter() - before
+    metrics = {"step": step, **rollout_metrics(sampled, kept)}
+    before = time.perf_counter()
+    if kept:
+        metrics |= update_policy(run, optimizer, scheduler, kept)
+    metrics["time/update_s"] = time.perf_counter() - before
+    if c.rollout == "rpo":
+        update_cache(run, sampled, step)
+        metrics["cache/entries"] = len(run.entries)
+        for name in ("reward", "correct", "limit")[:3 if c.max_cut == "adaptive" else 2]:
+            metrics[f"cache/{name}"] = float(np.mean([getattr(e, name) for e in run.entries.values()]))
+    write_samples(run, sampled, step)
+    if c.dynamic_rounds > 1 and len(kept) < c.problems_per_step:
+        progress.short_steps += 1
+        if progress.short_steps <= 3:
+            tqdm.write(f"step {step}: {len(kept)} of {c.problems_per_step} groups have mixed accuracy "
+                       f"after {c.dynamic_rounds} rounds (--dynamic-rounds): trained on those"
+                       + ("; from now on only counted" if progress.short_steps == 3 else ""))
+    warn_of_collapse(run, metrics)
+    return metrics | {
+        "reward/timeouts": run.checker.timeouts, "reward/refused": run.checker.refused,
+        "reward/check_ms_max": run.checker.check_ms_max, "tokens/generated": progress.tokens_generated,
+        "tokens/full_path": progress.tokens_full_path,
+        "tokens/per_s": (progress.tokens_generated - tokens_before) / rollout_seconds,
+        "time/rollout_s": rollout_seconds, "memory/peak_gib": peak_memory_gib(run.device)}
+
+
+def finish_step(run: Run, start: float) -> None:
+    """Evaluate if that is due, and log the step."""
+    c, progress, step = run.config, run.progress, run.progress.step
+    metrics = dict(progress.metrics)
+    if c.eval_every and (step % c.eval_every == 0 or step == c.steps):
+        metrics |= evaluate_policy(run, step)
+        progress.accuracy_after = metrics["eval/accuracy"]
+        progress.eval_seconds += metrics["time/eval_s"]
+    append_json(run.out / "metrics.jsonl", metrics | {"time/total_s": time.perf_counter() - start})
+
+
+# beyond these the policy has probably collapsed: (metric, is it bad?, what it means)
+COLLAPSE = [("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
+            ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
+            ("group/zero_std_fraction", lambda x: x > 0.98, "hardly a group has right and wrong responses")]
+
+
+def warn_of_collapse(run: Run, metrics: dict[str, float]) -> None:
+    for name, bad, meaning in COLLAPSE:
+        if name in metrics and bad(metrics[name]) and name not in run.warned:
+            run.warned.add(name)
+            tqdm.write(f"warning: step {metrics['step']}: {name} is {metrics[name]:.3g}: {meaning} (said once)")
 
 
 def print_summary(summary: dict[str, float], run: Run) -> None:
@@ -587,6 +890,24 @@ def print_summary(summary: dict[str, float], run: Run) -> None:
     print(f"run folder: {run.out} (policy/, metrics.jsonl, samples.jsonl, summary.json)")
 
 
+def stop_on_signals(run: Run) -> None:
+    """The first SIGINT or SIGTERM ends the run after its step, with a checkpoint; the second one at once."""
+    def handle(number: int, frame: object) -> None:
+        if run.stop:
+            raise KeyboardInterrupt
+        run.stop = True
+        tqdm.write("signal: the run ends with a checkpoint after this step; once more: at once, without")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+
+def fail(code: int, message: str) -> int:
+    print(f"train.py: error: {message}", file=sys.stderr)
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -594,20 +915,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = prepare(config)
         run.out.mkdir(parents=True, exist_ok=True)
+        run.lock = run.lock or lock_folder(run.out)
         (run.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(2, one_line(error))
     tqdm.write(f"{config.model}: {run.model.num_parameters() / 1e6:.1f} M parameters on {run.device}, "
                f"{run.dtype}; {len(run.problems)} problems, {len(run.held_out)} held out; "
-               f"run folder {run.out}")
+               f"run folder {run.out}" + (f", goes on after step {run.progress.step}" if run.checkpoint else ""))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop_on_signals(run)
     try:
         with run.checker:
             summary = train(run)
+    except rewards.RewardFileError as error:
+        return fail(2, one_line(error))
+    except Diverged as error:
+        return fail(1, f"{error}; checkpoint: {run.out}")
     except torch.OutOfMemoryError as error:
-        print(f"train.py: error: out of memory: lower --tokens-per-forward or --rollout-memory ({error})",
-              file=sys.stderr)
-        return 1
+        return fail(1, f"out of memory: lower --tokens-per-forward or --rollout-memory ({one_line(error)})")
+    except KeyboardInterrupt:
+        summary = None
+    finally:
+        for number, handler in handlers.items() if threading.current_thread() is threading.main_thread() else ():
+            signal.signal(number, handler)
+        run.lock.close()
+    if summary is None:
+        print(f"stopped after step {run.progress.step}; go on with: python train.py --resume {shlex.quote(str(run.out))}")
+        return 130
     (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print_summary(summary, run)
     return 0
