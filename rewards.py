@@ -295,9 +295,7 @@ class _Parser:
         return tuple(rows)
 
     def expr(self, level: int = RELATION) -> Node:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Refused("too deep")
+        self.descend()
         sign = self.take("+", "-") if level <= PRODUCT or self.value == "-" else ""
         node = self.expr(max(level, PRODUCT)) if sign else self.primary()
         node = _neg(node) if sign == "-" else node
@@ -319,6 +317,11 @@ class _Parser:
             else:
                 self.depth -= 1
                 return node
+
+    def descend(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Refused("too deep")
 
     def starts_factor(self) -> bool:
         known = self.kind in ("num", "word") or self.value[:1] in ("(", "[", "{", "\\")
@@ -352,7 +355,10 @@ class _Parser:
             if name in _FUNCTIONS:
                 return self.function(_FUNCTIONS[name])
             arguments, build = _COMMAND.get(name) or self.need("a known command")
-            return build(*(self.primary() for _ in range(arguments)))
+            self.descend()
+            node = build(*(self.primary() for _ in range(arguments)))
+            self.depth -= 1
+            return node
         if self.kind == "word" and len(self.value) == 1:
             return ("const" if self.value in "ei" else "sym", self.take())
         return self.bracket()
@@ -440,7 +446,7 @@ class _Evaluator:
 
     def inexact(self, x: Fraction | object) -> object:
         """A sympy number of so many digits, real or complex."""
-        return self.sympy("N")(self.sympy("sympify")(x), self.digits)
+        return x if getattr(x, "is_Float", False) else self.sympy("N")(self.sympy("sympify")(x), self.digits)
 
     def value(self, node: Node) -> Fraction | object:
         match node:
@@ -487,8 +493,8 @@ class _Evaluator:
         if name == "abs":
             return abs(x)
         if name == "root":  # the odd root of a negative number, which a power is not
-            sign = -1 if _is_real(x) and x < 0 and _is_real(y) and y % 2 == 1 else 1
-            return sign * self.power(sign * x, 1 / y)
+            odd = _is_real(x) and x < 0 and _is_real(y) and y % 2 == 1
+            return -self.power(-x, 1 / y) if odd else self.power(x, 1 / y)
         if name in ("floor", "ceil") and _is_real(x):
             return Fraction({"floor": math.floor, "ceil": math.ceil}[name](self.rounded(x)))
         if name in ("fact", "binom"):

@@ -1,4 +1,5 @@
 """Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
+import contextlib
 import json
 import math
 import os
@@ -670,6 +671,8 @@ x < 1 : -x > -1 | 1 > x | (-\infty,1)
 7 : the answer is 7 | \frac{14}{2}=7 | x \approx 7
 \frac{3}{11} : .\overline{27} | \mathbf{\frac{3}{11}}
 12 : 12 km/h | 12\ \mathrm{m/s} | 12 cm^2
+12\text{ miles} : 12 | 12\text{ mi} | 12 mph | 12 \text{ miles per hour} | x = 12 | 12\text{ in all}
+k=1 : 1 | x=1
 3:2 : 3\text{ to }2 | 6:4
 |x-2| : \lvert 2-x \rvert | abs(x-2)
 """
@@ -681,6 +684,10 @@ DIFFERENT = r"""
 7 : 7 \text{ maybe 8} | 7 \text{ not} | 7 \text{ is wrong, } 8 | 7 \vee 8
 7 : 7.0000001 | 7, 8 | 7 \text{ or } 8 | 7 \pm 1 | 6<x<8 | 7\neq 8 | x>7 | 7x | 70 | 7+\epsilon
 40\% : 41 | 4 | 4\% | 0.04
+12\text{ miles} : 12\text{ km} | 12 \text{ euros} | 12\text{ m} | 13
+k=1 : f(x)=1 | k=2
+N=n : f(n)=n
+5.4\text{ cents} : 5.4\text{ dollars} | 5.4 \text{ euros}
 52_8 : 42 | 52 | 52_9
 1.5\times 10^{3} : 150 | 1.5\times 10^{-3} | 1.5\times 10^4
 (1,2),(3,4) : (2,1),(3,4) | (1,2)
@@ -1048,21 +1055,20 @@ def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
     assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
 
 
-def test_same_seed_same_run_another_seed_another(finished, tmp_path):
-    for seed, same in (("0", True), ("1", False)):
-        out = tmp_path / seed
-        assert train.main([*QUICK, "--out", str(out), "--seed", seed]) == 0
-        assert (out / "cache.jsonl").read_bytes() == (finished / "cache.jsonl").read_bytes() if same else \
-            (out / "cache.jsonl").read_bytes() != (finished / "cache.jsonl").read_bytes()
-        weights = [(folder / "policy" / "model.safetensors").read_bytes() for folder in (out, finished)]
-        assert (weights[0] == weights[1]) == same
+def test_same_seed_same_run_another_seed_another(tmp_path):
+    once, again, other = (tmp_path / name for name in ("once", "again", "other"))
+    for out, seed in ((once, "0"), (again, "0"), (other, "1")):
+        run_with(out, "--seed", seed, "--steps", "1", "--cache-init-chunk", "0", "--algo", "grpo",
+                 "--max-response", "200")
+    assert outcome(once) == outcome(again)
+    assert all(a != b for a, b in zip(outcome(once)[1:], outcome(other)[1:]))
 
 
 def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
     out = tmp_path / "full"
     assert train.main([*QUICK, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05",
-                       "--updates-per-rollout", "3", "--out", str(out)]) == 0
-    metrics = lines_of(out / "metrics.jsonl")[1:]
+                       "--updates-per-rollout", "3", "--out", str(out), "--eval-every", "0"]) == 0
+    metrics = lines_of(out / "metrics.jsonl")
     assert all(m["response/prefix_length"] == 0 for m in metrics)
     assert all(m["tokens/generated"] == m["tokens/full_path"] for m in metrics)
     # off-policy from the second update on
@@ -1161,7 +1167,8 @@ def test_own_reward_is_added_with_its_weight_and_logged_apart(tmp_path):
     own.write_text("def reward(problem, response_text):\n"
                    "    return {'a': 2.0 if problem.answer else 0, 'b': -1.0}\n")
     metrics = run_with(tmp_path / "run", "--reward-file", str(own), "--reward-file-weight", "0.5",
-                       "--length-reward", "0", "--overlong-penalty", "0", "--accuracy-weight", "3")
+                       "--length-reward", "0", "--overlong-penalty", "0", "--accuracy-weight", "3",
+                       "--steps", "1")
     for m in metrics:
         assert (m["reward/file/a"], m["reward/file/b"]) == (2.0, -1.0)
         assert m["reward/mean"] == pytest.approx(3 * m["reward/accuracy"] + 0.5)
@@ -1183,7 +1190,8 @@ def test_an_all_correct_group_has_a_gradient_only_with_the_length_reward(tmp_pat
     monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [True] * len(pairs))
     for alpha, trains in (("0", False), ("0.1", True)):
         metrics = run_with(tmp_path / alpha, "--algo", "grpo", "--dynamic-rounds", "1", "--length-reward", alpha,
-                           "--max-cut", "1.0", "--temperature", "1.3", "--steps", "2")
+                           "--max-cut", "1.0", "--temperature", "1.3", "--steps", "1", "--max-response",
+                           "330")
         assert (sum(m["group/trained"] for m in metrics) > 0) == trains
         assert all(m["group/zero_std_fraction"] == 1 for m in metrics)
 
@@ -1197,6 +1205,197 @@ def test_print_config_names_every_value_and_its_source(capsys):
     assert said["--clip-high"] == ["0.0004", "--algo", "gspo"]
     assert said["--length-reward"] == ["0.0", "--rollout", "full"]
     assert len(said) == len(train.dataclasses.fields(train.Config))
+
+
+TIMINGS = ("time/", "tokens/per_s", "memory/", "reward/check_ms_max")
+
+
+def outcome(out: Path) -> tuple:
+    """Everything that a run leaves and that must not depend on when it was stopped."""
+    metrics = [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in lines_of(out / "metrics.jsonl")]
+    return ((out / "policy" / "model.safetensors").read_bytes(), (out / "cache.jsonl").read_bytes(), metrics,
+            (out / "samples.jsonl").read_bytes())
+
+
+def during(monkeypatch, step: int, action) -> None:
+    """Do something when that step begins."""
+    real = train.train_step
+
+    def train_step(run, number, *rest):
+        if number == step:
+            action()
+        return real(run, number, *rest)
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    for step, start in ((1, [*QUICK, "--out"]), (2, [*QUICK, "--out"])):
+        with monkeypatch.context() as patch:
+            during(patch, step, interrupt)
+            assert train.main([*start, str(out)]) == 130
+        assert f"--resume {out}" in capsys.readouterr().out and not (out / "summary.json").exists()
+        assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == list(range(step))
+        assert len(list(out.glob("checkpoint*"))) == 1
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write('{"step": 99}\n')  # of a step after the checkpoint
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert train.main(["--resume", str(out)]) == 0
+    assert outcome(out) == outcome(finished)
+    assert len(list(out.glob("checkpoint*"))) == 1
+    done = json.loads((out / "summary.json").read_text())
+    assert done["tokens_generated"] == json.loads((finished / "summary.json").read_text())["tokens_generated"]
+
+
+def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        during(patch, 2, lambda: [interrupt(), interrupt()])
+        assert train.main([*QUICK, "--eval-every", "0", "--max-response", "150", "--out", str(out)]) == 130
+    assert not list(out.glob("checkpoint*")) and len(lines_of(out / "metrics.jsonl")) == 1
+    assert train.main(["--resume", str(out), "--steps", "2"]) == 0
+    assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [1, 2]
+
+
+def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.shutil.copytree(finished, out, symlinks=True)
+    for changed in (["--lr", "2e-3", "--seed", "4"], ["--algo", "grpo"]):
+        message = expect_error(capsys, out, *changed)
+        assert changed[0] in message and "--resume-override" in message and "--steps" not in message
+    # grpo's own values come with it
+    config = train.parse_config(["--resume", str(out), "--algo", "grpo", "--resume-override", "--lr", "0.5"])
+    assert (config.clip_high, config.aggregation, config.lr, config.max_cut) == (0.2, "response", 0.5, "0.3")
+    assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1", "--keep-checkpoints", "2"]) == 0
+    assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
+    with open(out / "lock") as file:
+        train.fcntl.flock(file, train.fcntl.LOCK_EX)
+        assert "another process" in expect_error(capsys, out)
+    other = write(tmp_path / "other.jsonl", *lines_of(TINY / "train.jsonl")[:9])
+    message = expect_error(capsys, out, "--data", other, "--resume-override", "--keep-checkpoints", "2")
+    assert "problems" in message
+    with pytest.raises(SystemExit) as end:
+        train.main(["--resume", str(tmp_path / "nothing")])
+    assert end.value.code == 2 and "holds no run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    """A write error at every place of the second save of a run: it goes on, and the first save still resumes."""
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def full_for_torch(*args, **kwargs):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    places = [(train.PreTrainedModel, "save_pretrained", full), (train.torch, "save", full_for_torch),
+              (train.cache, "save", full), (train, "sync", full), (train.os, "replace", full)]
+    problems = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])
+    for number, (owner, name, failure) in enumerate(places):
+        out = tmp_path / str(number)
+        with monkeypatch.context() as patch:
+            real = train.save_checkpoint
+
+            def save(run, *rest):
+                if run.progress.step == 2:
+                    patch.setattr(owner, name, failure)
+                real(run, *rest)
+            patch.setattr(train, "save_checkpoint", save)
+            options = ["--steps", "2", "--save-every", "1", "--data", problems, "--max-response", "150"]
+            run_with(out, *options)
+        assert "could not be written" in capsys.readouterr().out
+        assert [f.name for f in out.glob("checkpoint*")] == ["checkpoint-000001"]
+        assert train.main(["--resume", str(out), "--eval-every", "0"]) == 0
+        assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-000002"]
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys):
+    real, calls = rpo.policy_loss, []
+
+    def broken(*args, **kwargs):
+        loss, sums = real(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) in bad else loss), sums
+
+    monkeypatch.setattr(rpo, "policy_loss", broken)
+    for bad, code, steps in (({1}, 0, "2"), (set(range(1, 99)), 1, "12")):
+        calls.clear()
+        out = tmp_path / str(code)
+        options = ["--steps", steps, "--algo", "grpo", "--problems-per-step", "3", "--dynamic-rounds", "1",
+                   "--eval-every", "0", "--temperature", "1.3", "--max-cut", "1.0", "--length-reward", "0.1",
+                   "--max-response", "60"]
+        monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [i % 2 == 0 for i, _ in enumerate(pairs)])
+        assert train.main([*QUICK, *options, "--out", str(out)]) == code
+        metrics = lines_of(out / "metrics.jsonl")
+        assert sum(m["policy/skipped_updates"] for m in metrics) == (1 if code == 0 else 9)
+        weights = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()
+        start = AutoModelForCausalLM.from_pretrained(TINY).state_dict()
+        assert all(torch.isfinite(w).all() for w in weights.values())
+        assert all(torch.equal(w, start[n]) for n, w in weights.items()) == (code == 1)
+        dumped = json.loads((out / "skipped-1.json").read_text())
+        assert {"context", "suffixes", "advantages"} <= dumped[0].keys()
+    assert "ten updates in a row" in capsys.readouterr().err
+    assert (out / "checkpoint-000009").is_dir()
+
+
+def test_collapse_is_named_once(tmp_path, capsys):
+    run = type("Run", (), {"warned": set()})
+    for entropy in (0.1, 0.001, 0.001):
+        train.warn_of_collapse(run, {"step": 3, "policy/entropy": entropy, "group/zero_std_fraction": 1.0,
+                                     "response/finished_fraction": 0.5})
+    said = capsys.readouterr().out
+    assert said.count("policy/entropy") == 1 and said.count("zero_std") == 1 and "finished" not in said
+
+
+def test_text_of_problems_never_reaches_the_screen_raw(tmp_path, capsys):
+    nasty = "\x1b[2J{run.out}%s\x1b]0;owned\x07"
+    problems = [{"problem": f"{nasty} {i}", "answer": "1"} for i in range(8)]
+    problems.append({"problem": "?", "answer": nasty + "\\frac{"})
+    source = write(tmp_path / "p.jsonl", *problems)
+    run_with(tmp_path / "run", "--data", source, "--steps", "1", "--max-response", "30", "--max-prompt", "200")
+    said = capsys.readouterr()
+    assert "cannot be checked" in said.out and not set(said.out + said.err) & {"\x1b", "\x07"}
+
+
+def test_code_in_a_model_folder_needs_consent(tmp_path, capsys):
+    folder = tmp_path / "model"
+    train.shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    message = expect_error(capsys, tmp_path / "out", "--model", str(folder))
+    assert "trust_remote_code" in message.replace("-", "_") and not (tmp_path / "ran").exists()
+
+
+KILLED = [*QUICK, "--steps", "4", "--save-every", "1", "--eval-every", "2", "--eval-problems", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rpo", "full"])
+@pytest.mark.parametrize("algo", ["grpo", "dapo"])
+def test_killed_at_any_moment_it_ends_with_the_same_bits(method, algo, tmp_path):
+    """SIGKILL at five random moments of each, in cache initialisation, rollout, update, save and evaluation."""
+    def start(out: str) -> subprocess.Popen:
+        code = "import torch, train; torch.set_num_threads(1); raise SystemExit(train.main())"
+        options = [*KILLED, "--algo", algo, "--rollout", method, "--out", str(tmp_path / out)]
+        return subprocess.Popen([sys.executable, "-c", code, *options], cwd=Path(train.__file__).parent,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begin = time.monotonic()
+    assert start("whole").wait() == 0
+    whole, rng = time.monotonic() - begin, np.random.default_rng([len(method), len(algo), ord(algo[0])])
+    for _ in range(5):
+        process = start("killed")
+        with contextlib.suppress(subprocess.TimeoutExpired):  # or it came to its end before
+            process.wait(rng.uniform(0.2, 0.5) * whole)
+        process.kill()
+        process.wait()
+    assert start("killed").wait() == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 SWITCHES = {  # what the pairs of options are made of

@@ -713,18 +713,17 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
         shutil.rmtree(final, ignore_errors=True)
         os.replace(new, final)
         sync(run.out)
+        for name in ("policy", "cache.jsonl"):
+            link = run.out / "link.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"{final.name}/{name}")
+            os.replace(link, run.out / name)
+        for old in sorted(run.out.glob("checkpoint-*[0-9]"))[:-run.config.keep_checkpoints]:
+            shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         shutil.rmtree(new, ignore_errors=True)
         tqdm.write(f"step {run.progress.step}: the checkpoint could not be written ({one_line(error)}); the one "
                    "before is kept, the run goes on")
-        return
-    for name in ("policy", "cache.jsonl"):
-        link = run.out / "link.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"{final.name}/{name}")
-        os.replace(link, run.out / name)
-    for old in sorted(run.out.glob("checkpoint-*[0-9]"))[:-run.config.keep_checkpoints]:
-        shutil.rmtree(old)
 
 
 def sync(path: Path) -> None:
