@@ -1,6 +1,7 @@
 """The experience cache: one reasoning path per problem as token ids, its cut, its epsilon-greedy update."""
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import zlib
@@ -112,6 +113,11 @@ def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
     return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=accuracy[pick] > 0,
                    step=step)
+
+
+def fingerprint(value: object) -> str:
+    """Short hash of a JSON value: of the vocabulary that token ids belong to, of a list of problems."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save(entries: dict[str, Entry], path: Path, tokenizer: str) -> None:

@@ -1,89 +1,460 @@
-"""Accuracy from the bare prompt: one greedy response per problem (pass@1).
+"""Benchmark numbers with their protocol, and which part of a reasoning path decides its correctness.
 
-    python eval.py --model runs/tiny/policy --data tiny/test.jsonl --max-response 448
+    python eval.py --model M --data math500,aime24,mine.jsonl --samples 16 --temperature 0.6 --top-p 0.95
+    python eval.py --model M --data mine.jsonl --segments 0,0.25,0.5,0.75 --paths solutions --samples 16
+    python eval.py --compare A/results.json B/results.json
+
+Responses are written as they come: the same command with the same --out goes on where it was killed.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+import cache
 import data
 import rewards
 import rollout
 import rpo
 
+# where a benchmark comes from, if not from --data-dir/NAME.jsonl
+BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl", "gsm8k": "openai/gsm8k:main/test-00000-of-00001.parquet",
+              "aime24": "math-ai/aime24", "aime25": "math-ai/aime25:test.jsonl", "amc23": "math-ai/amc23",
+              "minerva": "math-ai/minervamath", "olympiadbench": "math-ai/olympiadbench"}
+BOOTSTRAP = 10_000  # resamples of the problems
+
+
+# ------------------------------------------------------------------------------------------- statistics
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n >= k (arXiv 2107.03374, eq. 1)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority(clusters: Sequence[int], correct: Sequence[bool]) -> float:
+    """maj@k of one problem: is the most frequent answer right? Of several equally frequent ones, their mean.
+
+    clusters: per sample the number of its answer, equal answers the same one; -1: no answer, which is no vote.
+    """
+    votes = {c: list(clusters).count(c) for c in set(clusters) - {-1}}
+    winners = [c for c, n in votes.items() if n == max(votes.values())]
+    return float(np.mean([correct[list(clusters).index(c)] for c in winners])) if winners else 0.0
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean by bootstrap over the values (percentiles of the resampled means)."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def cluster(answers: Sequence[str | None], checker: rewards.Checker) -> list[int]:
+    """Number the answers of one problem, equal ones alike; None: -1."""
+    distinct = list(dict.fromkeys(a for a in answers if a is not None))
+    number: dict[str, int] = {}
+    for i, answer in enumerate(distinct):
+        same = checker.check([("\\boxed{" + answer + "}", other) for other in distinct[:i]])
+        number[answer] = next((number[other] for other, equal in zip(distinct, same) if equal), i)
+    return [-1 if a is None else number[a] for a in answers]
+
+
+def summarise(records: Sequence[dict]) -> dict[str, object]:
+    """Figures of one benchmark from its records, one a problem (see `Evaluator.record`)."""
+    n = len(records[0]["correct"])
+    means = [float(np.mean(r["correct"])) for r in records]
+    low, high = interval(means)
+    flat = {key: [x for r in records for x in r[key]] for key in ("tokens", "finished", "answers")}
+    return {"problems": len(records), "samples": n, "avg": float(np.mean(means)), "avg_low": low, "avg_high": high,
+            **{f"pass@{k}": float(np.mean([pass_at_k(n, sum(r["correct"]), k) for r in records]))
+               for k in sorted({2**i for i in range(1, 12) if 2**i < n} | {n} - {1})},
+            "maj": float(np.mean([majority(r["clusters"], r["correct"]) for r in records])),
+            "length": float(np.mean(flat["tokens"])), "finished": float(np.mean(flat["finished"])),
+            "no_answer": float(np.mean([a is None for a in flat["answers"]])), "tokens": sum(flat["tokens"]),
+            "per_problem": {r["id"]: m for r, m in zip(records, means)}}
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
 
 @dataclass
 class Evaluation:
-    """Result of one evaluation."""
+    """What train.py shows of a greedy pass over the held-out problems."""
 
-    accuracy: float  # share of problems whose greedy response has the right answer
+    accuracy: float  # share of problems whose response has the right answer (pass@1)
     problems: int
     length_mean: float  # tokens of a response
     finished_fraction: float  # ended by EOS, not by the limit
     seconds: float
-    texts: list[str]
-    correct: list[bool]
 
 
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem],
              prompts: Sequence[list[int]], checker: rewards.Checker, max_response: int, memory: float,
              eos: tuple[int, ...]) -> Evaluation:
     """pass@1: every problem answered once, greedily, from its prompt alone. memory: GiB for generate()."""
-    start = time.perf_counter()
-    how = rollout.Sampling(eos, len(tokenizer), temperature=0)
-    requests = [rollout.Request(prompt, max_response, [(0,)]) for prompt in prompts]
-    suffixes = [group[0] for group in rollout.generate(model, requests, how, memory, "evaluation")]
-    texts = tokenizer.batch_decode([s.ids for s in suffixes], skip_special_tokens=True)
-    correct = checker.check([(text, problem.answer) for text, problem in zip(texts, problems)])
-    n = len(suffixes)
-    return Evaluation(sum(correct) / n, n, sum(len(s.ids) for s in suffixes) / n,
-                      sum(s.finished for s in suffixes) / n, time.perf_counter() - start, texts, correct)
+    evaluator = Evaluator(model, tokenizer, rollout.Sampling(eos, len(tokenizer), temperature=0), checker, memory,
+                          max_response, 0)
+    start, records = time.perf_counter(), []
+    evaluator.run([(p, prompt, [], ()) for p, prompt in zip(problems, prompts)], 1, records.append, "evaluation")
+    figures = {key: float(np.mean([r[key][0] for r in records])) for key in ("correct", "tokens", "finished")}
+    return Evaluation(figures["correct"], len(records), figures["tokens"], figures["finished"],
+                      time.perf_counter() - start)
 
 
-def main() -> None:
+@dataclass
+class Evaluator:
+    """Samples responses and grades them, with the engine and the checker of the training."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    how: rollout.Sampling
+    checker: rewards.Checker
+    memory: float  # GiB for keys and values
+    max_response: int
+    seed: int
+
+    def run(self, work: Sequence[tuple[data.Problem, list[int], list[int], tuple[int, ...]]], samples: int,
+            write: Callable[[dict], None], label: str) -> None:
+        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; a record for each as it is done.
+
+        What a row draws depends on the seed, the problem, the key and its number only.
+        """
+        requests = [rollout.Request(prompt + prefix, max(1, self.max_response - len(prefix)),
+                                    [(self.seed, int(p.id, 16), *key, row) for row in range(samples)])
+                    for p, prompt, prefix, key in work]
+        rollout.generate(self.model, requests, self.how, self.memory, label,
+                         lambda i, suffixes: write(self.record(work[i][0], work[i][2], suffixes)))
+
+    def record(self, problem: data.Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
+        """Lists over the samples: response text, its answer or None, the answer's cluster, correct, tokens, finished."""
+        texts = self.tokenizer.batch_decode([prefix + s.ids for s in suffixes], skip_special_tokens=True)
+        answers = [rewards.extract_answer(text) for text in texts]
+        return {"id": problem.id, "question": problem.question, "answer": problem.answer, "prefix_tokens": len(prefix),
+                "responses": texts, "answers": answers, "clusters": cluster(answers, self.checker),
+                "correct": self.checker.check([(text, problem.answer) for text in texts]),
+                "tokens": [len(s.ids) for s in suffixes], "finished": [s.finished for s in suffixes]}
+
+
+def resumed(path: Path, protocol: str) -> list[dict]:
+    """The records of an earlier call with the same protocol; a last line that was cut off is cut away.
+
+    Raises ValueError where the file belongs to another protocol.
+    """
+    if not path.exists():
+        path.write_text(json.dumps({"protocol": protocol}) + "\n")
+        return []
+    lines, whole = path.read_bytes().split(b"\n"), []
+    for line in lines[:-1]:
+        try:
+            whole.append(json.loads(line))
+        except ValueError:
+            break
+    if not whole or whole[0] != {"protocol": protocol}:
+        raise ValueError(f"--out {path.parent}: {path.name} was made with other options; give another folder")
+    path.write_text("".join(json.dumps(record) + "\n" for record in whole))
+    return whole[1:]
+
+
+# --------------------------------------------------------------------------------------------- segments
+
+
+def segment_figures(rows: dict[float, list[dict]], original: dict[str, bool]) -> dict[str, object]:
+    """Accuracy against the fraction of a path that is kept, split by whether the path was right, and per problem
+    the pair of fractions between which its success rate changes most.
+    """
+    fractions = sorted(rows)
+    rates = {f: {r["id"]: float(np.mean(r["correct"])) for r in rows[f]} for f in fractions}
+    table = []
+    for f in fractions:
+        row: dict[str, object] = {"kept": f}
+        for name, ids in (("all", list(original)), ("right", [i for i, ok in original.items() if ok]),
+                          ("wrong", [i for i, ok in original.items() if not ok])):
+            values = [rates[f][i] for i in ids]
+            row[name] = [float(np.mean(values)), *interval(values), len(values)] if values else None
+        table.append(row)
+    steps = list(zip(fractions, fractions[1:]))
+    falls = {i: max(steps, key=lambda s: rates[s[0]][i] - rates[s[1]][i]) for i in original}  # more kept, worse
+    rises = {i: max(steps, key=lambda s: rates[s[1]][i] - rates[s[0]][i]) for i in original}
+    return {"table": table, "largest_fall": _counted(falls, rates, -1), "largest_rise": _counted(rises, rates, 1)}
+
+
+def _counted(place: dict[str, tuple[float, float]], rates: dict[float, dict[str, float]], sign: int) -> dict:
+    """Per pair of fractions: problems whose success rate changes most there, and by how much in the mean."""
+    out = {}
+    for step in sorted(set(place.values())):
+        gaps = [sign * (rates[step[1]][i] - rates[step[0]][i]) for i, s in place.items() if s == step]
+        gaps = [gap for gap in gaps if gap > 0]  # a problem that never changes has no place
+        if gaps:
+            out[f"{step[0]:g}-{step[1]:g}"] = {"problems": len(gaps), "mean_change": float(np.mean(gaps))}
+    return out
+
+
+def draw_segments(table: list[dict], samples: int, out: Path) -> None:
+    try:
+        import matplotlib
+        matplotlib.use("svg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no figure: it needs the optional package matplotlib (pip install matplotlib); the table has all values")
+        return
+    figure, axes = pyplot.subplots(figsize=(5.4, 3.6))
+    for name, label in (("all", "all"), ("right", "path was right"), ("wrong", "path was wrong")):
+        rows = [(r["kept"], *r[name]) for r in table if r[name]]
+        if rows:
+            kept, mean, low, high, count = map(list, zip(*rows))
+            axes.plot(kept, mean, marker="o", label=f"{label} (n = {count[0]})")
+            axes.fill_between(kept, low, high, alpha=0.15)
+    axes.set(xlabel="fraction of the path that is kept", ylabel=f"accuracy of {samples} continuations", ylim=(0, 1.02))
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    for ending in ("png", "svg"):
+        figure.savefig(out / f"segments.{ending}", dpi=150)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("eval.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, hub id or short name")
-    parser.add_argument("--data", required=True, help="file or hub data set with the problems")
-    parser.add_argument("--limit", type=int, default=0, help="first problems only; 0: all")
-    parser.add_argument("--max-response", type=int, default=3072, help="longest response, tokens")
-    parser.add_argument("--instruction", default=data.INSTRUCTION)
-    parser.add_argument("--instruction-role", choices=("system", "user"), default="system")
-    parser.add_argument("--out", help="JSONL file for the responses")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--model", help="folder, hub id or short name")
+    add("--data", help=f"comma-separated: {', '.join(BENCHMARKS)}, files, hub data sets owner/name[:file]")
+    add("--data-dir", help="folder with NAME.jsonl for the names above, instead of the hub")
+    add("--limit", type=int, default=0, help="first problems of each only; 0: all")
+    add("--samples", type=int, default=1, help="responses per problem, or continuations per prefix")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0, help="0: all")
+    add("--max-response", type=int, default=3072, help="longest response, tokens")
+    add("--instruction", default=data.INSTRUCTION)
+    add("--instruction-role", choices=("system", "user"), default="system")
+    add("--segments", help="comma-separated fractions of a path to keep, such as 0,0.25,0.5,0.75")
+    add("--paths", default="policy", help="of --segments: policy (one sampled response each), solutions (of --data), "
+        "or the cache.jsonl of a run")
+    add("--memory", type=float, default=0.0, help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
+    add("--seed", type=int, default=0)
+    add("--out", help="folder of results.json and the responses; a killed evaluation in it goes on")
+    add("--compare", nargs=2, metavar="RESULTS", help="two results.json: paired differences, second - first")
+    args = parser.parse_args(arguments)
+    if not args.compare and not (args.model and args.data):
+        parser.error("give --model and --data, or --compare")
+    args.segments = sorted({_fraction(parser, x) for x in args.segments.split(",")}) if args.segments else []
+    for name, least in (("samples", 1), ("max_response", 1), ("limit", 0), ("temperature", 0), ("top_k", 0)):
+        if not least <= getattr(args, name) < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least {least}")
+    if not 0 < args.top_p <= 1:
+        parser.error(f"--top-p {args.top_p}: give a number above 0 and at most 1")
+    if args.temperature == 0 and args.samples > 1:
+        parser.error(f"--samples {args.samples}: greedy responses are all the same; give a --temperature above 0")
+    return args
+
+
+def _fraction(parser: argparse.ArgumentParser, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        parser.error(f"--segments: {text!r} is no fraction between 0 and 1")
+    return value
+
+
+def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[data.Problem]]]:
+    """By benchmark name: where it comes from, and its problems. Raises ValueError."""
+    sets = {}
+    for name in args.data.split(","):
+        source = BENCHMARKS.get(name, name)
+        if name in BENCHMARKS and args.data_dir:
+            folder = Path(args.data_dir)
+            source = str(next((f for f in (folder / f"{name}.jsonl", folder / f"{name}_test.jsonl",
+                                           folder / f"{name}_math.jsonl") if f.exists()), folder / f"{name}.jsonl"))
+        problems = data.load_problems(source, "--data", rewards.extract_answer, rewards.parse_error)
+        if not problems:
+            raise ValueError(f"--data {name}: holds no problem with an answer that can be checked")
+        sets[name if name in BENCHMARKS else Path(name).stem] = (source, problems[:args.limit or None])
+    return sets
+
+
+def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, sets: dict) -> dict[str, object]:
+    """Everything that the numbers depend on."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return {"model": args.model, "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
+            "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
+            "instruction": args.instruction, "instruction_role": args.instruction_role,
+            "template": cache.fingerprint(tokenizer.chat_template or "plain"), "segments": args.segments,
+            "paths": args.paths if args.segments else None, "checker": cache.fingerprint((here / "rewards.py").read_text()),
+            "data": {name: {"source": source, "problems": len(problems), "hash": cache.fingerprint([p.id for p in problems])}
+                     for name, (source, problems) in sets.items()},
+            "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
+            "transformers": transformers.__version__}
+
+
+def first_paths(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
+                prompts: dict[str, list[int]], records: list[dict], write: Callable) -> dict[str, list[int]]:
+    """The paths that --segments cuts, token ids by problem id."""
+    tokenizer = evaluator.tokenizer
+    if args.paths == "solutions":
+        return data.encode_solutions(problems, tokenizer, args.max_response)
+    if args.paths != "policy":
+        vocabulary = cache.fingerprint(tokenizer.get_vocab())
+        entries = cache.load(Path(args.paths), vocabulary, {p.id for p in problems}, len(tokenizer), print)
+        return {name: entry.response_ids for name, entry in entries.items()}
+    done = {r["id"]: r for r in records if r["kept"] is None}
+    requests = [rollout.Request(prompts[p.id], args.max_response, [(args.seed, int(p.id, 16), 10**6)])
+                for p in problems if p.id not in done]
+    suffixes = iter(rollout.generate(evaluator.model, requests, evaluator.how, evaluator.memory, "paths"))
+    for problem in problems:
+        if problem.id not in done:
+            done[problem.id] = {"id": problem.id, "kept": None, "path": next(suffixes)[0].ids}
+            write(done[problem.id])
+    return {name: record["path"] for name, record in done.items()}
+
+
+def run_segments(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
+                 prompts: dict[str, list[int]], records: list[dict], write: Callable) -> dict[str, object]:
+    """Continue every fraction of every path; its figures."""
+    paths = first_paths(args, evaluator, problems, prompts, records, write)
+    problems = [p for p in problems if p.id in paths]
+    if not problems:
+        raise ValueError(f"--paths {args.paths}: no path for a problem of --data")
+    texts = evaluator.tokenizer.batch_decode([paths[p.id] for p in problems], skip_special_tokens=True)
+    right = evaluator.checker.check([(text, p.answer) for text, p in zip(texts, problems)])
+    rows: dict[float, list[dict]] = {f: [r for r in records if r["kept"] == f] for f in args.segments}
+    for number, f in enumerate(args.segments):
+        done = {r["id"] for r in rows[f]}
+        # a path that is kept whole has nothing left to sample: at least its last token is sampled again
+        work = [(p, prompts[p.id], paths[p.id][:min(int(f * len(paths[p.id])), len(paths[p.id]) - 1)], (number,))
+                for p in problems if p.id not in done]
+
+        def keep(record: dict, f: float = f) -> None:
+            rows[f].append(record | {"kept": f})
+            write(rows[f][-1])
+        evaluator.run(work, args.samples, keep, f"{f:g} kept")
+    return {"problems": len(problems)} | segment_figures(rows, dict(zip((p.id for p in problems), right)))
+
+
+def print_results(results: dict[str, dict], segments: bool) -> None:
+    for name, r in results.items():
+        if segments:
+            print(f"{name}: {r['problems']} problems; accuracy (95 % interval) by fraction of the path kept\n"
+                  f"{'kept':>6s} {'all':>22s} {'path was right':>22s} {'path was wrong':>22s}")
+            for row in r["table"]:
+                cells = [f"{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})" if (x := row[key]) else "-"
+                         for key in ("all", "right", "wrong")]
+                print(f"{row['kept']:6g} " + " ".join(f"{cell:>22s}" for cell in cells))
+            for key in ("largest_fall", "largest_rise"):
+                print(f"{key.replace('_', ' ')} of the success rate, problems by segment: "
+                      + (", ".join(f"{s}: {v['problems']}" for s, v in r[key].items()) or "none"))
+        else:
+            k = r["samples"]
+            print(f"{name}: {r['problems']} problems, avg@{k} {r['avg']:.4f} ({r['avg_low']:.4f}-{r['avg_high']:.4f}), "
+                  + "".join(f"{x} {r[x]:.4f}, " for x in r if x.startswith("pass@")) + f"maj@{k} {r['maj']:.4f}, "
+                  f"mean response {r['length']:.0f} tokens, {r['finished']:.1%} finished, {r['no_answer']:.1%} without "
+                  f"an answer")
+        print(f"{name}: {r['seconds']:.0f} s, {r['tokens_sampled']:,} tokens, {r['tokens_per_s']:.0f} tokens/s "
+              "(of this call)")
+
+
+def compare(first: str, second: str) -> None:
+    """Paired differences of the problems that both results have. Raises ValueError where there is none."""
+    loaded = []
+    for name in (first, second):
+        try:
+            loaded.append(json.loads(Path(name).read_text())["results"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--compare {name}: no results.json of eval.py ({error})") from error
+    shared = [name for name in loaded[0] if name in loaded[1] and "per_problem" in loaded[0][name]]
+    if not shared:
+        raise ValueError(f"--compare: {first} and {second} have no benchmark in common")
+    print("benchmark: first, second, difference (95 % interval, bootstrap over problems)")
+    for name in shared:
+        a, b = (x[name]["per_problem"] for x in loaded)
+        ids = [i for i in a if i in b]
+        gaps = [b[i] - a[i] for i in ids]
+        low, high = interval(gaps)
+        means = [float(np.mean([x[i] for i in ids])) for x in (a, b)]
+        print(f"{name}: {means[0]:.4f}, {means[1]:.4f}, {np.mean(gaps):+.4f} ({low:+.4f} to {high:+.4f}), "
+              f"{len(ids)} problems")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        problems = data.load_problems(args.data, "--data", rewards.extract_answer, rewards.parse_error)
-        problems = problems[:args.limit or None]
-        if not problems or args.max_response < 1:
-            raise ValueError("nothing to do: --data holds no problem, or --max-response is below 1")
+        if args.compare:
+            compare(*args.compare)
+            return 0
+        sets = load_problems(args)
         folder = data.find_model(args.model)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        prompts = [data.encode_prompt(tokenizer, p.question, args.instruction, args.instruction_role)
-                   for p in problems]
+        protocol = protocol_of(args, tokenizer, sets)
+        out = Path(args.out or f"runs/eval-{folder.name}-{cache.fingerprint(protocol)[:6]}")
+        out.mkdir(parents=True, exist_ok=True)
+        earlier = {name: resumed(out / f"responses-{name}.jsonl", cache.fingerprint(protocol)) for name in sets}
         model = rpo.load_policy(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        eos = data.eos_ids(tokenizer, model.generation_config.eos_token_id)
+        how = rollout.Sampling(eos, len(tokenizer), args.temperature, args.top_p, args.top_k)
+        results = {}
+        with rewards.Checker(loose=False) as checker:
+            evaluator = Evaluator(model, tokenizer, how, checker, args.memory or rollout.default_memory(device),
+                                  args.max_response, args.seed)
+            for name, (_, problems) in sets.items():
+                results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
-        parser.exit(2, f"eval.py: error: {error}\n")
-    eos = data.eos_ids(tokenizer, model.generation_config.eos_token_id)
-    with rewards.Checker(loose=False) as checker:
-        result = evaluate(model, tokenizer, problems, prompts, checker, args.max_response,
-                          rollout.default_memory(device), eos)
-    if args.out:
-        with open(args.out, "w") as file:
-            for problem, text, correct in zip(problems, result.texts, result.correct):
-                record = {"id": problem.id, "question": problem.question, "answer": problem.answer,
-                          "response": text, "correct": bool(correct)}
-                file.write(json.dumps(record) + "\n")
-    print(f"pass@1 (greedy) {result.accuracy:.4f} on {result.problems} problems, mean response "
-          f"{result.length_mean:.0f} tokens, {result.finished_fraction:.1%} finished, {result.seconds:.0f} s")
+        print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
+    print_results(results, bool(args.segments))
+    if args.segments:
+        for r in results.values():
+            draw_segments(r["table"], args.samples, out)
+    print(f"protocol, figures and responses: {out}")
+    return 0
+
+
+def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem], records: list[dict],
+            path: Path) -> dict[str, object]:
+    """One benchmark: what is missing is sampled, each record written at once."""
+    prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction, args.instruction_role)
+               for p in problems}
+    start, sampled = time.perf_counter(), 0
+    with open(path, "a") as file:
+        def write(record: dict) -> None:
+            nonlocal sampled
+            sampled += sum(record.get("tokens", []))
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+
+        if args.segments:
+            figures = run_segments(args, evaluator, problems, prompts, records, write)
+        else:
+            records = list(records)
+            done = {r["id"] for r in records}
+
+            def keep(record: dict) -> None:
+                records.append(record)
+                write(record)
+            evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples, keep,
+                          "responses")
+            figures = summarise(records)
+    seconds = time.perf_counter() - start
+    return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ suffix keeps only its own keys and values. Rows that finish leave, problems that
 """
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -324,16 +325,45 @@ def slots(config: PreTrainedConfig, context_len: int, suffix_len: int, group: in
     return 1, group
 
 
+@contextlib.contextmanager
+def packed_weights(model: PreTrainedModel, tokens: int) -> Iterator[None]:
+    """On a CPU in float32: linear layers with a copy of their weights laid out for oneDNN, in here only.
+
+    That is up to twice as fast for the few rows of a decode step. For fewer than 16 tokens a row the copying
+    does not pay.
+    """
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    if model.device.type != "cpu" or model.dtype != torch.float32 or tokens < 16 or \
+            not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        layers = []
+    try:
+        for layer in layers:
+            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64)
+            layer.forward = lambda x, packed=packed, bias=layer.bias: torch.ops.mkldnn._linear_pointwise(
+                x, packed, bias, "none", [], "")
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
 @torch.no_grad()
 def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling, memory: float,
-             label: str = "") -> list[list[Suffix]]:
+             label: str = "", done_with: Callable[[int, list[Suffix]], None] | None = None) -> list[list[Suffix]]:
     """Continue each request's context once per seed; returns one list of suffixes per request, in order.
 
-    memory: GiB for keys and values. label: names the progress bar, which appears after 5 seconds. Raises
+    memory: GiB for keys and values. label: names the progress bar, which appears after 5 seconds. done_with:
+    called with the number of a request and its suffixes as soon as they are whole. Raises
     ValueError where one group alone does not fit into the memory or a budget is below 1.
     """
     if not requests:
         return []
+    with packed_weights(model, max(r.budget for r in requests)):
+        return _generate(model, requests, how, memory, label, done_with)
+
+
+def _generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling, memory: float, label: str,
+              done_with: Callable[[int, list[Suffix]], None] | None) -> list[list[Suffix]]:
     if min(r.budget for r in requests) < 1 or not all(r.context for r in requests):
         raise ValueError("every request needs a context and room for at least one new token")
     context_len, suffix_len = max(len(r.context) for r in requests), max(r.budget for r in requests)
@@ -349,6 +379,7 @@ def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling,
     active: list[tuple[int, int]] = []  # (request, row in it) per decoder row
     uniforms: list[np.ndarray] = []
     first_logits: dict[int, torch.Tensor] = {}  # of contexts whose rows have not all entered
+    rows_left = [len(r.seeds) for r in requests]
     bar = tqdm(total=total, desc=label, unit="row", leave=False, delay=5)
     logits = torch.empty(0, device=model.device)
     while waiting or active:
@@ -380,6 +411,11 @@ def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling,
             suffix.finished = ids[place] in how.eos_ids
             if suffix.finished or len(suffix.ids) == requests[active[place][0]].budget:
                 done.add(place)
+        for place in done:
+            i = active[place][0]
+            rows_left[i] -= 1
+            if done_with and not rows_left[i]:
+                done_with(i, results[i])
         if done:
             keep = _fill_holes(len(active), set(range(len(active))) - done)
             active, uniforms, ids = ([x[i] for i in keep] for x in (active, uniforms, ids))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 FUSED = ("cpu",)  # devices of these kernels, which give the log-sum-exp that parts are merged by
@@ -349,6 +348,57 @@ def micro_batches(items: Sequence[Item], tokens_per_forward: int) -> list[list[I
 # -------------------------------------------------------------------------------------------- log-probs
 
 
+class _TokenLogprobs(torch.autograd.Function):
+    """Log-probs of targets and entropies, (N,) each, from states (N, hidden) and a head, chunk by chunk.
+
+    The logits of a chunk are computed again in the backward pass and become their own gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+                targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        device = states.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        ctx.temperature, ctx.rows = temperature, max(1, LOGITS_PER_CHUNK // len(weight))
+        logprobs, entropies, normalisers = [], [], []
+        for x, target in zip(states.split(ctx.rows), targets.split(ctx.rows)):
+            logits = _logits(x, weight, bias, ctx)
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top).exp()
+            total = weights.sum(-1)
+            log_total = total.log()
+            logprobs.append(logits.gather(1, target[:, None])[:, 0] - log_total)
+            entropies.append(log_total - weights.mul_(logits).sum(-1) / total)
+            normalisers.append(top[:, 0] + log_total)
+        ctx.save_for_backward(states, weight, bias, targets, torch.cat(normalisers))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
+        states, weight, bias, targets, normalisers = ctx.saved_tensors
+        compute_weight, d_states = weight.to(ctx.dtype), torch.empty_like(states)
+        d_weight, d_bias = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+        for start in range(0, len(states), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = _logits(states[part], weight, bias, ctx)
+            scale = grad[part, None] / ctx.temperature  # d logprob / d logits = onehot - softmax
+            d_logits = logits.sub_(normalisers[part, None]).exp_().mul_(-scale).scatter_add_(
+                1, targets[part, None], scale).to(ctx.dtype)
+            d_states[part] = d_logits @ compute_weight
+            d_weight += d_logits.T @ states[part].to(ctx.dtype)
+            if bias is not None:
+                d_bias += d_logits.sum(0)
+        return d_states, d_weight, d_bias, None, None
+
+
+def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ctx) -> torch.Tensor:
+    logits = F.linear(*(x if x is None else x.to(ctx.dtype) for x in (states, weight, bias)))
+    logits = logits.to(torch.promote_types(ctx.dtype, torch.float32))
+    return logits if ctx.temperature == 1 else logits.div_(ctx.temperature)
+
+
 def shared_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1.0,
                     vocab_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the suffix tokens and the entropy of their distributions, at the sampling temperature.
@@ -357,26 +407,12 @@ def shared_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     vocab_size: ids from there on are never sampled (padded embedding rows) and get no probability.
     """
     states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
-    states = states[batch.index[batch.mask]]
-    targets = batch.targets[batch.mask]
     head = model.get_output_embeddings()
-    vocab_size = vocab_size or head.weight.shape[0]
-
-    def chunk_logprobs(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = head(x)[:, :vocab_size].to(torch.promote_types(x.dtype, torch.float32)) / temperature
-        logprobs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(1, target[:, None])[:, 0], entropy
-
-    rows = max(1, LOGITS_PER_CHUNK // vocab_size)
-    chunks = list(zip(states.split(rows), targets.split(rows)))
-    # one chunk is kept for the backward pass; of several, each is computed again there
-    results = [chunk_logprobs(*c) if len(chunks) == 1 else checkpoint(chunk_logprobs, *c, use_reentrant=False)
-               for c in chunks]
-    logprobs, entropy = (torch.cat(parts) for parts in zip(*results))
+    weight, bias = (x if x is None or vocab_size in (None, len(x)) else x[:vocab_size] for x in (head.weight, head.bias))
+    logprobs, entropy = _TokenLogprobs.apply(states[batch.index[batch.mask]], weight, bias,
+                                             batch.targets[batch.mask], temperature)
     zeros = logprobs.new_zeros(batch.mask.shape)
-    return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropy.detach())
+    return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropy)
 
 
 # ------------------------------------------------------------------------------------------- objectives

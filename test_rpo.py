@@ -1,5 +1,6 @@
 """Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 
 import cache
 import data
+import eval as evaluation
 import rewards
 import rollout
 import rpo
@@ -323,11 +325,11 @@ def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
     loss_over(model, ITEMS, "dapo", 1.0, 10_000)
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 5 * VOCAB)
-    calls = []
-    checkpoint = rpo.checkpoint
-    monkeypatch.setattr(rpo, "checkpoint", lambda f, *a, **k: calls.append(1) or checkpoint(f, *a, **k))
+    rows = []
+    real = rpo._logits
+    monkeypatch.setattr(rpo, "_logits", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
     loss_over(model, ITEMS, "dapo", 1.0, 10_000)
-    assert len(calls) == math.ceil(sum(len(s) for item in ITEMS for s in item.suffixes) / 5)
+    assert max(rows) == 5 and sum(rows) == 2 * sum(len(s) for item in ITEMS for s in item.suffixes)
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, whole[name]) < 1e-5
 
@@ -1505,6 +1507,135 @@ def test_importing_a_module_has_no_side_effect_and_the_command_line_answers(tmp_
                           cwd=tmp_path)
     assert done.returncode == 0 and "--max-cut" in done.stdout
     assert os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------- eval
+
+
+def test_pass_at_k_by_hand_and_by_counting():
+    # 4 samples, 2 of them right: of the 6 pairs one has none
+    assert evaluation.pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
+    assert [evaluation.pass_at_k(5, c, 5) for c in (0, 1, 5)] == [0, 1, 1]
+    assert evaluation.pass_at_k(8, 3, 1) == pytest.approx(3 / 8)
+    samples = [1, 0, 0, 1, 0, 0, 0]
+    for k in (2, 3, 6):
+        subsets = list(itertools.combinations(samples, k))
+        assert evaluation.pass_at_k(7, 2, k) == pytest.approx(np.mean([any(x) for x in subsets]))
+
+
+def test_majority_and_its_ties_by_hand():
+    assert evaluation.majority([0, 1, 1, 2], [True, False, False, True]) == 0
+    assert evaluation.majority([0, 1, 1, 2], [False, True, True, False]) == 1
+    assert evaluation.majority([0, 1, 1, 0], [False, True, True, False]) == 0.5  # two each
+    assert evaluation.majority([-1, -1, -1, 3], [False, False, False, True]) == 1  # no answer is no vote
+    assert evaluation.majority([-1, -1], [False, False]) == 0
+    assert evaluation.majority([0, 1, 2], [True, False, False]) == pytest.approx(1 / 3)
+
+
+def test_equal_answers_are_one_vote():
+    with Checker(workers=0) as checker:
+        answers = ["1/2", None, r"\frac{1}{2}", "0.5", "3", None, "3.0"]
+        got = evaluation.cluster(answers, checker)
+    assert got == [0, -1, 0, 0, got[4], -1, got[4]] and got[4] > 0
+
+
+def test_the_interval_covers_the_mean_in_95_percent_of_simulations(monkeypatch):
+    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
+    rng, hits = np.random.default_rng(0), 0
+    for i in range(400):  # pass rates of 100 problems, drawn from a Beta(1, 2): mean 1/3
+        low, high = evaluation.interval(rng.binomial(8, rng.beta(1, 2, 100)) / 8, seed=i)
+        hits += low <= 1 / 3 <= high
+    assert 0.92 <= hits / 400 <= 0.975  # 95 % +- 2.7 standard errors
+
+
+def test_segment_figures_by_hand():
+    def record(name, *correct):
+        return {"id": name, "correct": [bool(c) for c in correct]}
+    rows = {0.0: [record("a", 0, 0), record("b", 1, 0)], 0.5: [record("a", 1, 1), record("b", 1, 0)],
+            0.9: [record("a", 1, 1), record("b", 0, 0)]}
+    got = evaluation.segment_figures(rows, {"a": True, "b": False})
+    assert [row["all"][0] for row in got["table"]] == [0.25, 0.75, 0.5]
+    assert [row["right"][0] for row in got["table"]] == [0, 1, 1]
+    assert [row["wrong"][0] for row in got["table"]] == [0.5, 0.5, 0]
+    assert got["largest_fall"] == {"0.5-0.9": {"problems": 1, "mean_change": 0.5}}
+    assert got["largest_rise"] == {"0-0.5": {"problems": 1, "mean_change": 1.0}}
+
+
+EVAL = ["--model", str(TINY), "--max-response", "300", "--instruction", ""]
+
+
+def evaluated(out: Path, *options: str) -> dict:
+    assert evaluation.main([*EVAL, "--out", str(out), *options]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_path, capsys):
+    source = write(tmp_path / "easy.jsonl", *lines_of(TINY / "test.jsonl")[:5])
+    options = ["--data", source, "--samples", "4", "--temperature", "0.8", "--top-p", "0.95"]
+    first = evaluated(tmp_path / "a", *options)
+    figures, path = first["results"]["easy"], tmp_path / "a" / "responses-easy.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    assert figures["avg"] == pytest.approx(np.mean([r["correct"] for r in records]))
+    assert figures["pass@4"] == pytest.approx(np.mean([any(r["correct"]) for r in records]))
+    assert figures["tokens"] == sum(n for r in records for n in r["tokens"]) == figures["tokens_sampled"]
+    for record in records:
+        assert record["correct"] == [is_correct(t, record["answer"], loose=False) for t in record["responses"]]
+    for key in ("template", "checker", "commit", "seed", "top_p", "instruction", "max_response"):
+        assert key in first["protocol"]
+    assert first["protocol"]["data"]["easy"]["problems"] == 5
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:3]) + b"\n" + lines[3][:40])  # two records and a part of the third
+    again = evaluated(tmp_path / "a", *options)["results"]["easy"]
+    assert 0 < again["tokens_sampled"] < figures["tokens_sampled"]
+    for key in ("avg", "maj", "tokens", "per_problem", "length"):
+        assert again[key] == figures[key]
+    capsys.readouterr()
+    assert evaluation.main([*EVAL, "--out", str(tmp_path / "a"), *options[:-2]]) == 2
+    assert "other options" in capsys.readouterr().err
+    greedy = evaluated(tmp_path / "b", "--data", source)
+    assert evaluation.main(["--compare", *(str(tmp_path / x / "results.json") for x in "ab")]) == 0
+    gap = greedy["results"]["easy"]["avg"] - figures["avg"]
+    assert f"{gap:+.4f}" in capsys.readouterr().out
+
+
+def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, capsys):
+    problems = lines_of(TINY / "train.jsonl")[:4]
+    source = write(tmp_path / "p.jsonl", *problems)
+    options = ["--data", source, "--segments", "0.5,0.98,1", "--samples", "3", "--temperature", "1.0"]
+    results = evaluated(tmp_path / "a", *options, "--paths", "solutions")["results"]["p"]
+    assert [row["kept"] for row in results["table"]] == [0.5, 0.98, 1.0]
+    assert results["table"][2]["all"][0] == 1.0  # only the end token is left
+    assert results["table"][0]["wrong"] is None and results["table"][0]["right"][3] == 4
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for record in map(json.loads, (tmp_path / "a" / "responses-p.jsonl").read_text().splitlines()[1:]):
+        solution = next(p["solution"] for p in problems if p["answer"] == record["answer"])
+        kept = tokenizer.encode(solution, add_special_tokens=False)[:record["prefix_tokens"]]
+        length = len(tokenizer.encode(solution, add_special_tokens=False)) + 1
+        assert record["prefix_tokens"] == min(int(record["kept"] * length), length - 1)
+        assert all(text.startswith(tokenizer.decode(kept)) for text in record["responses"])
+    sampled = evaluated(tmp_path / "c", "--data", source, "--segments", "0.9", "--temperature", "1.0")
+    assert sampled["results"]["p"]["problems"] == 4
+    cached = evaluated(tmp_path / "b", "--data", str(TINY / "train.jsonl"), "--segments", "0.9", "--temperature", "1.0",
+                       "--paths", str(finished / "cache.jsonl"))
+    assert cached["results"]["train"]["problems"] == len(lines_of(finished / "cache.jsonl")) - 1
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ([], "--model"), (["--model", "x", "--data", "y", "--samples", "0"], "--samples"),
+    (["--model", "x", "--data", "y", "--segments", "0,2"], "--segments"),
+    (["--model", "x", "--data", "y", "--samples", "4"], "greedy"), (["--compare", "a", "b"], "--compare a"),
+    (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500"),
+    (["--model", str(TINY), "--data", str(TINY / "test.jsonl"), "--segments", "0.5", "--paths", "none.jsonl",
+      "--out", "runs"], "none.jsonl")])
+def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        code = evaluation.main(arguments)
+    except SystemExit as end:
+        code = end.code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and word in message and message.startswith("eval.py: error: ")
 
 
 @pytest.mark.slow  # the headline of the README: minutes

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -127,12 +126,13 @@ class Config:
     out: str = option("", "run folder, a run in it goes on; empty: runs/MODEL-ALGO-ROLLOUT-DATE-TIME")
     resume: str = option("", "run folder to go on with, with its options")
     resume_override: bool = option(False, "go on although options that change the mathematics differ")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard, too (optional package)")
     trust_remote_code: bool = option(False, "run code that the model folder brings")
     seed: int = option(0, "of everything random")
 
 
 # may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume", "resume_override")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "tensorboard", "out", "resume", "resume_override")
 ROLLOUTS = {"rpo": {"length_reward": 0.01}, "full": {"length_reward": 0.0}}
 # randomness is a function of (seed, step, purpose, problem), so that nothing depends on what was drawn before
 ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
@@ -264,6 +264,7 @@ class Run:
     progress: Progress
     checkpoint: Path | None  # the one to go on from
     lock: object  # held while this lives
+    board: object = None  # TensorBoard's writer
     entries: dict[str, cache.Entry] = dataclasses.field(default_factory=dict)
     stop: bool = False  # after this step: a signal came
     warned: set[str] = dataclasses.field(default_factory=set)
@@ -333,7 +334,7 @@ def prepare(config: Config) -> Run:
 def check_folder(out: Path, config: Config) -> object:
     """The lock of a run to go on with, None for a new one. Raises ValueError where neither can be."""
     if not (out / "config.json").exists():
-        if config.resume or out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if config.resume or out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - {"lock", "tmp"}):
             raise ValueError(f"--out {out}: holds no run to go on with, but other files; give a new folder")
         return None
     lock = lock_folder(out)
@@ -682,9 +683,25 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def append_json(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+def log_metrics(run: Run, metrics: dict[str, float]) -> None:
+    with open(run.out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if run.board else ():
+        run.board.add_scalar(name, value, metrics["step"])
+
+
+def write_json(path: Path, value: object) -> None:
+    """Whole or not at all."""
+    (path.parent / "tmp").write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(path.parent / "tmp", path)
+
+
+def find_board() -> type:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard: the optional package is not installed: pip install tensorboard") from error
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -703,8 +720,8 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
         run.model.save_pretrained(new / "policy")  # hub format, float32
         run.tokenizer.save_pretrained(new / "policy")
         torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, new / "optimizer.pt")
-        cache.save(run.entries, new / "cache.jsonl", fingerprint(run.tokenizer.get_vocab()))
-        state = {"progress": dataclasses.asdict(run.progress), "problems": fingerprint(sorted(run.prompts)),
+        cache.save(run.entries, new / "cache.jsonl", cache.fingerprint(run.tokenizer.get_vocab()))
+        state = {"progress": dataclasses.asdict(run.progress), "problems": cache.fingerprint(sorted(run.prompts)),
                  "config": dataclasses.asdict(run.config),
                  "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         (new / "state.json").write_text(json.dumps(state))
@@ -732,10 +749,6 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def fingerprint(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -743,13 +756,13 @@ def one_line(error: Exception) -> str:
 def restore(run: Run) -> None:
     """Progress, cache and logs as they were; weights and optimiser are loaded where they are made."""
     state = json.loads((run.checkpoint / "state.json").read_text())
-    if state["problems"] != fingerprint(sorted(run.prompts)):
+    if state["problems"] != cache.fingerprint(sorted(run.prompts)):
         raise ValueError(f"--resume {run.out}: the problems of --data or --eval-data are not those of the run")
     halved = state["progress"]["halved"]
     new = {} if halved else {"tokens_per_forward": run.progress.tokens_per_forward, "memory": run.progress.memory}
     run.progress = Progress(**state["progress"] | new)
     path = run.checkpoint / "cache.jsonl"
-    run.entries = cache.load(path, fingerprint(run.tokenizer.get_vocab()), {p.id for p in run.problems},
+    run.entries = cache.load(path, cache.fingerprint(run.tokenizer.get_vocab()), {p.id for p in run.problems},
                              len(run.tokenizer), tqdm.write)
 
 
@@ -796,7 +809,7 @@ def train(run: Run) -> dict[str, float] | None:
     elif c.eval_every:
         evaluation = evaluate_policy(run, 0)
         progress.accuracy_before = evaluation["eval/accuracy"]
-        append_json(run.out / "metrics.jsonl", {"step": 0, **evaluation})
+        log_metrics(run, {"step": 0, **evaluation})
     bar = tqdm(range(progress.step + 1, c.steps + 1), desc=f"{c.algo} {c.rollout}", unit="step",
                initial=progress.step, total=c.steps)
     for step in bar:
@@ -862,7 +875,7 @@ def finish_step(run: Run, start: float) -> None:
         metrics |= evaluate_policy(run, step)
         progress.accuracy_after = metrics["eval/accuracy"]
         progress.eval_seconds += metrics["time/eval_s"]
-    append_json(run.out / "metrics.jsonl", metrics | {"time/total_s": time.perf_counter() - start})
+    log_metrics(run, metrics | {"time/total_s": time.perf_counter() - start})
 
 
 # beyond these the policy has probably collapsed: (metric, is it bad?, what it means)
@@ -880,7 +893,7 @@ def warn_of_collapse(run: Run, metrics: dict[str, float]) -> None:
 
 def print_summary(summary: dict[str, float], run: Run) -> None:
     ratio = summary["tokens_generated"] / summary["tokens_full_path"]
-    if summary["accuracy_after"] is not None:
+    if None not in (summary["accuracy_before"], summary["accuracy_after"]):
         print(f"pass@1 on {len(run.held_out)} held-out problems: {summary['accuracy_before']:.3f} -> "
               f"{summary['accuracy_after']:.3f}")
     print(f"tokens generated: {summary['tokens_generated']:,}, cache initialisation included; full paths of "
@@ -912,10 +925,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     config = parse_config(sys.argv[1:] if arguments is None else arguments)
     try:
+        board = find_board() if config.tensorboard else None
         run = prepare(config)
         run.out.mkdir(parents=True, exist_ok=True)
         run.lock = run.lock or lock_folder(run.out)
-        (run.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        write_json(run.out / "config.json", dataclasses.asdict(config))
+        run.board = board and board(str(run.out / "tensorboard"))
     except (ValueError, OSError) as error:
         return fail(2, one_line(error))
     tqdm.write(f"{config.model}: {run.model.num_parameters() / 1e6:.1f} M parameters on {run.device}, "
@@ -941,7 +956,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if summary is None:
         print(f"stopped after step {run.progress.step}; go on with: python train.py --resume {shlex.quote(str(run.out))}")
         return 130
-    (run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run.out / "summary.json", summary)
     print_summary(summary, run)
     return 0
 
