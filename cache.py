@@ -35,8 +35,9 @@ def parse_max_cut(text: str) -> int | float | str:
     value = _number(text)
     if isinstance(value, int) and value >= 1 or isinstance(value, float) and 0 < value <= 1:
         return value
-    raise ValueError(f"--max-cut {text}: give a whole number of tokens from 1 (300), a fraction above 0 and at "
-                     "most 1 with a decimal point (0.5: half of the last group's shortest response), or adaptive")
+    raise ValueError(f"--max-cut {text}: give a whole number of tokens from 1 (300), a fraction above 0 and "
+                     "at most 1 with a decimal point (0.5: half of the last group's shortest response), "
+                     "or adaptive")
 
 
 def parse_max_suffix(text: str) -> int | float | None:
@@ -44,8 +45,9 @@ def parse_max_suffix(text: str) -> int | float | None:
     value = _number(text)
     if not text or value >= 1:
         return value if text else None
-    raise ValueError(f"--max-suffix {text}: give a whole number of tokens from 1 (400), a multiple of the cut of "
-                     "at least 1 with a decimal point (1.5), or nothing for no limit but --max-response")
+    raise ValueError(f"--max-suffix {text}: give a whole number of tokens from 1 (400), a multiple of the "
+                     "cut of at least 1 with a decimal point (1.5), or nothing for no limit but "
+                     "--max-response")
 
 
 def _number(text: str) -> int | float:
@@ -121,7 +123,7 @@ def fingerprint(value: object) -> str:
 
 
 def save(entries: dict[str, Entry], path: Path, tokenizer: str) -> None:
-    """One JSON line an entry, each with a checksum, after a line that names the tokenizer they are made with."""
+    """One JSON line an entry, each with a checksum, after a line that names their tokenizer."""
     with open(path, "w") as file:
         file.write(_line({"tokenizer": tokenizer}))
         for problem_id, entry in entries.items():
@@ -135,10 +137,10 @@ def _line(record: dict) -> str:
 
 def load(path: Path, tokenizer: str, problems: set[str], vocab_size: int,
          say: Callable[[str], None]) -> dict[str, Entry]:
-    """The entries in a file. A damaged line is reported to `say` with its number: its problem gets a new path.
+    """The entries in a file. A damaged line is reported to `say` by number: its problem gets a new path.
 
-    So is a path of an unknown problem, or with a token id from vocab_size on. Raises ValueError where the file
-    was made with another tokenizer, or does not say.
+    So is a path of an unknown problem, or with a token id from vocab_size on. Raises ValueError where the
+    file was made with another tokenizer, or does not say.
     """
     entries = {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
@@ -149,8 +151,9 @@ def load(path: Path, tokenizer: str, problems: set[str], vocab_size: int,
         except ValueError:
             record = None
         if number == 1 and (record is None or record.get("tokenizer") != tokenizer):
-            raise ValueError(f"{path}: its first line does not name the tokenizer of --model: these paths were made "
-                             "with another one, or the file is damaged; delete it to sample all paths anew")
+            raise ValueError(f"{path}: its first line does not name the tokenizer of --model: "
+                             "these paths were made with another one, or the file is damaged; "
+                             "delete it to sample all paths anew")
         if number == 1 or not line:
             continue
         if record is None or not {"id", *Entry.__dataclass_fields__} == record.keys():

@@ -153,7 +153,8 @@ def _download(source: str, option: str) -> Path:
 def find_model(name: str, code: bool = False) -> Path:
     """Folder of a model: a local folder, a hub id (owner/name), or a short name such as Qwen2.5-Math-1.5B.
 
-    Downloads it where needed, Python files only with `code`. Raises ValueError saying what was tried, or what the folder lacks.
+    Downloads it where needed, Python files only with `code`. Raises ValueError saying what was tried, or what
+    the folder lacks.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -230,21 +231,21 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_solutions(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase,
-                     max_response: int) -> dict[str, list[int]]:
+                     max_response: int, option: str, otherwise: str) -> dict[str, list[int]]:
     """The worked solutions as responses: token ids by problem id, with the token that ends a response.
 
-    Those without a solution, or with one of more than max_response tokens, are left out and counted. Raises
-    ValueError where none is left.
+    Those without a solution, or with one of more than max_response tokens, are left out and counted;
+    `otherwise` says what becomes of them. Raises ValueError, with `option` in it, where none is left.
     """
     end = (_turn_end(tokenizer) or [tokenizer.eos_token_id])
     paths = {p.id: [*tokenizer(p.solution, add_special_tokens=False)["input_ids"], *end]
              for p in problems if p.solution}
     short = {key: ids for key, ids in paths.items() if len(ids) <= max_response}
     if not short:
-        raise ValueError(f"--cache-init solutions: no problem has a worked solution (field solution) of at most "
-                         f"--max-response {max_response} tokens; use --cache-init policy or other --data")
+        raise ValueError(f"{option} solutions: no problem has a worked solution (field solution) of at most "
+                         f"--max-response {max_response} tokens; use {option} policy or other --data")
     if len(short) < len(problems):
-        tqdm.write(f"--cache-init solutions: {len(problems) - len(paths)} of {len(problems)} problems have no "
-                   f"worked solution, {len(paths) - len(short)} one longer than --max-response {max_response} "
-                   "tokens: the first paths of these are sampled")
+        tqdm.write(f"{option} solutions: {len(problems) - len(paths)} of {len(problems)} problems have "
+                   f"no worked solution, {len(paths) - len(short)} one longer than --max-response "
+                   f"{max_response} tokens: {otherwise}")
     return short

@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ import rollout
 import rpo
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
-BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl", "gsm8k": "openai/gsm8k:main/test-00000-of-00001.parquet",
-              "aime24": "math-ai/aime24", "aime25": "math-ai/aime25:test.jsonl", "amc23": "math-ai/amc23",
+BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
+              "gsm8k": "openai/gsm8k:main/test-00000-of-00001.parquet", "aime24": "math-ai/aime24",
+              "aime25": "math-ai/aime25:test.jsonl", "amc23": "math-ai/amc23",
               "minerva": "math-ai/minervamath", "olympiadbench": "math-ai/olympiadbench"}
 BOOTSTRAP = 10_000  # resamples of the problems
 
@@ -40,14 +41,14 @@ BOOTSTRAP = 10_000  # resamples of the problems
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n >= k (arXiv 2107.03374, eq. 1)."""
+    """Unbiased estimate of the chance that one of k samples is right, n >= k (arXiv 2107.03374, eq. 1)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority(clusters: Sequence[int], correct: Sequence[bool]) -> float:
     """maj@k of one problem: is the most frequent answer right? Of several equally frequent ones, their mean.
 
-    clusters: per sample the number of its answer, equal answers the same one; -1: no answer, which is no vote.
+    clusters: per sample the number of its answer, equal answers the same one; -1: no answer, no vote.
     """
     votes = {c: list(clusters).count(c) for c in set(clusters) - {-1}}
     winners = [c for c, n in votes.items() if n == max(votes.values())]
@@ -78,7 +79,8 @@ def summarise(records: Sequence[dict]) -> dict[str, object]:
     means = [float(np.mean(r["correct"])) for r in records]
     low, high = interval(means)
     flat = {key: [x for r in records for x in r[key]] for key in ("tokens", "finished", "answers")}
-    return {"problems": len(records), "samples": n, "avg": float(np.mean(means)), "avg_low": low, "avg_high": high,
+    return {"problems": len(records), "samples": n,
+            "avg": float(np.mean(means)), "avg_low": low, "avg_high": high,
             **{f"pass@{k}": float(np.mean([pass_at_k(n, sum(r["correct"]), k) for r in records]))
                for k in sorted({2**i for i in range(1, 12) if 2**i < n} | {n} - {1})},
             "maj": float(np.mean([majority(r["clusters"], r["correct"]) for r in records])),
@@ -105,10 +107,11 @@ def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problem
              prompts: Sequence[list[int]], checker: rewards.Checker, max_response: int, memory: float,
              eos: tuple[int, ...]) -> Evaluation:
     """pass@1: every problem answered once, greedily, from its prompt alone. memory: GiB for generate()."""
-    evaluator = Evaluator(model, tokenizer, rollout.Sampling(eos, len(tokenizer), temperature=0), checker, memory,
-                          max_response, 0)
+    evaluator = Evaluator(model, tokenizer, rollout.Sampling(eos, len(tokenizer), temperature=0), checker,
+                          memory, max_response, 0)
     start, records = time.perf_counter(), []
-    evaluator.run([(p, prompt, [], ()) for p, prompt in zip(problems, prompts)], 1, records.append, "evaluation")
+    evaluator.run([(p, prompt, [], ()) for p, prompt in zip(problems, prompts)], 1, records.append,
+                  "evaluation")
     figures = {key: float(np.mean([r[key][0] for r in records])) for key in ("correct", "tokens", "finished")}
     return Evaluation(figures["correct"], len(records), figures["tokens"], figures["finished"],
                       time.perf_counter() - start)
@@ -128,7 +131,7 @@ class Evaluator:
 
     def run(self, work: Sequence[tuple[data.Problem, list[int], list[int], tuple[int, ...]]], samples: int,
             write: Callable[[dict], None], label: str) -> None:
-        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; a record for each as it is done.
+        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; a record for each when done.
 
         What a row draws depends on the seed, the problem, the key and its number only.
         """
@@ -139,11 +142,12 @@ class Evaluator:
                          lambda i, suffixes: write(self.record(work[i][0], work[i][2], suffixes)))
 
     def record(self, problem: data.Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
-        """Lists over the samples: response text, its answer or None, the answer's cluster, correct, tokens, finished."""
+        """Lists over the samples: text, answer or None, the answer's cluster, correct, tokens, finished."""
         texts = self.tokenizer.batch_decode([prefix + s.ids for s in suffixes], skip_special_tokens=True)
         answers = [rewards.extract_answer(text) for text in texts]
-        return {"id": problem.id, "question": problem.question, "answer": problem.answer, "prefix_tokens": len(prefix),
-                "responses": texts, "answers": answers, "clusters": cluster(answers, self.checker),
+        return {"id": problem.id, "question": problem.question, "answer": problem.answer,
+                "prefix_tokens": len(prefix), "responses": texts, "answers": answers,
+                "clusters": cluster(answers, self.checker),
                 "correct": self.checker.check([(text, problem.answer) for text in texts]),
                 "tokens": [len(s.ids) for s in suffixes], "finished": [s.finished for s in suffixes]}
 
@@ -172,8 +176,8 @@ def resumed(path: Path, protocol: str) -> list[dict]:
 
 
 def segment_figures(rows: dict[float, list[dict]], original: dict[str, bool]) -> dict[str, object]:
-    """Accuracy against the fraction of a path that is kept, split by whether the path was right, and per problem
-    the pair of fractions between which its success rate changes most.
+    """Accuracy against the fraction of a path that is kept, split by whether the path was right, and per
+    problem the pair of fractions between which its success rate changes most.
     """
     fractions = sorted(rows)
     rates = {f: {r["id"]: float(np.mean(r["correct"])) for r in rows[f]} for f in fractions}
@@ -185,21 +189,19 @@ def segment_figures(rows: dict[float, list[dict]], original: dict[str, bool]) ->
             values = [rates[f][i] for i in ids]
             row[name] = [float(np.mean(values)), *interval(values), len(values)] if values else None
         table.append(row)
-    steps = list(zip(fractions, fractions[1:]))
-    falls = {i: max(steps, key=lambda s: rates[s[0]][i] - rates[s[1]][i]) for i in original}  # more kept, worse
-    rises = {i: max(steps, key=lambda s: rates[s[1]][i] - rates[s[0]][i]) for i in original}
-    return {"table": table, "largest_fall": _counted(falls, rates, -1), "largest_rise": _counted(rises, rates, 1)}
+    return {"table": table, "largest_fall": _steepest(rates, original, -1),  # the more is kept, the worse
+            "largest_rise": _steepest(rates, original, 1)}
 
 
-def _counted(place: dict[str, tuple[float, float]], rates: dict[float, dict[str, float]], sign: int) -> dict:
-    """Per pair of fractions: problems whose success rate changes most there, and by how much in the mean."""
-    out = {}
-    for step in sorted(set(place.values())):
-        gaps = [sign * (rates[step[1]][i] - rates[step[0]][i]) for i, s in place.items() if s == step]
-        gaps = [gap for gap in gaps if gap > 0]  # a problem that never changes has no place
-        if gaps:
-            out[f"{step[0]:g}-{step[1]:g}"] = {"problems": len(gaps), "mean_change": float(np.mean(gaps))}
-    return out
+def _steepest(rates: dict[float, dict[str, float]], ids: Iterable[str], sign: int) -> dict[str, dict]:
+    """Per pair of neighbouring fractions: the problems whose success rate changes most there, and how much."""
+    steps, gaps = list(zip(rates, list(rates)[1:])), {}
+    for i in ids if steps else ():
+        change, step = max((sign * (rates[s[1]][i] - rates[s[0]][i]), s) for s in steps)
+        if change > 0:  # a problem that never changes has no place
+            gaps.setdefault(step, []).append(change)
+    return {f"{a:g}-{b:g}": {"problems": len(gaps[a, b]), "mean_change": float(np.mean(gaps[a, b]))}
+            for a, b in sorted(gaps)}
 
 
 def draw_segments(table: list[dict], samples: int, out: Path) -> None:
@@ -208,7 +210,8 @@ def draw_segments(table: list[dict], samples: int, out: Path) -> None:
         matplotlib.use("svg")
         from matplotlib import pyplot
     except ImportError:
-        print("no figure: it needs the optional package matplotlib (pip install matplotlib); the table has all values")
+        print("no figure: it needs the optional package matplotlib (pip install matplotlib); "
+              "the table has all values")
         return
     figure, axes = pyplot.subplots(figsize=(5.4, 3.6))
     for name, label in (("all", "all"), ("right", "path was right"), ("wrong", "path was wrong")):
@@ -217,7 +220,8 @@ def draw_segments(table: list[dict], samples: int, out: Path) -> None:
             kept, mean, low, high, count = map(list, zip(*rows))
             axes.plot(kept, mean, marker="o", label=f"{label} (n = {count[0]})")
             axes.fill_between(kept, low, high, alpha=0.15)
-    axes.set(xlabel="fraction of the path that is kept", ylabel=f"accuracy of {samples} continuations", ylim=(0, 1.02))
+    axes.set(xlabel="fraction of the path that is kept", ylabel=f"accuracy of {samples} continuations",
+             ylim=(0, 1.02))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -244,9 +248,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--instruction", default=data.INSTRUCTION)
     add("--instruction-role", choices=("system", "user"), default="system")
     add("--segments", help="comma-separated fractions of a path to keep, such as 0,0.25,0.5,0.75")
-    add("--paths", default="policy", help="of --segments: policy (one sampled response each), solutions (of --data), "
-        "or the cache.jsonl of a run")
-    add("--memory", type=float, default=0.0, help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
+    add("--paths", default="policy", help="of --segments: policy (one sampled response each), solutions "
+        "(of --data), or the cache.jsonl of a run")
+    add("--memory", type=float, default=0.0,
+        help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     add("--seed", type=int, default=0)
     add("--out", help="folder of results.json and the responses; a killed evaluation in it goes on")
     add("--compare", nargs=2, metavar="RESULTS", help="two results.json: paired differences, second - first")
@@ -256,11 +261,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.segments = sorted({_fraction(parser, x) for x in args.segments.split(",")}) if args.segments else []
     for name, least in (("samples", 1), ("max_response", 1), ("limit", 0), ("temperature", 0), ("top_k", 0)):
         if not least <= getattr(args, name) < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number of at least {least}")
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: "
+                         f"give a number of at least {least}")
     if not 0 < args.top_p <= 1:
         parser.error(f"--top-p {args.top_p}: give a number above 0 and at most 1")
     if args.temperature == 0 and args.samples > 1:
-        parser.error(f"--samples {args.samples}: greedy responses are all the same; give a --temperature above 0")
+        parser.error(f"--samples {args.samples}: greedy responses are all the same; "
+                     "give a --temperature above 0")
     return args
 
 
@@ -282,7 +289,8 @@ def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[data.Pr
         if name in BENCHMARKS and args.data_dir:
             folder = Path(args.data_dir)
             source = str(next((f for f in (folder / f"{name}.jsonl", folder / f"{name}_test.jsonl",
-                                           folder / f"{name}_math.jsonl") if f.exists()), folder / f"{name}.jsonl"))
+                                           folder / f"{name}_math.jsonl") if f.exists()),
+                              folder / f"{name}.jsonl"))
         problems = data.load_problems(source, "--data", rewards.extract_answer, rewards.parse_error)
         if not problems:
             raise ValueError(f"--data {name}: holds no problem with an answer that can be checked")
@@ -290,16 +298,19 @@ def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[data.Pr
     return sets
 
 
-def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, sets: dict) -> dict[str, object]:
+def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
+                sets: dict) -> dict[str, object]:
     """Everything that the numbers depend on."""
     here = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return {"model": args.model, "samples": args.samples, "temperature": args.temperature, "top_p": args.top_p,
-            "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
+    return {"model": args.model, "samples": args.samples, "temperature": args.temperature,
+            "top_p": args.top_p, "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
             "instruction": args.instruction, "instruction_role": args.instruction_role,
             "template": cache.fingerprint(tokenizer.chat_template or "plain"), "segments": args.segments,
-            "paths": args.paths if args.segments else None, "checker": cache.fingerprint((here / "rewards.py").read_text()),
-            "data": {name: {"source": source, "problems": len(problems), "hash": cache.fingerprint([p.id for p in problems])}
+            "paths": args.paths if args.segments else None,
+            "checker": cache.fingerprint((here / "rewards.py").read_text()),
+            "data": {name: {"source": source, "problems": len(problems),
+                            "hash": cache.fingerprint([p.id for p in problems])}
                      for name, (source, problems) in sets.items()},
             "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
             "transformers": transformers.__version__}
@@ -310,7 +321,7 @@ def first_paths(args: argparse.Namespace, evaluator: Evaluator, problems: list[d
     """The paths that --segments cuts, token ids by problem id."""
     tokenizer = evaluator.tokenizer
     if args.paths == "solutions":
-        return data.encode_solutions(problems, tokenizer, args.max_response)
+        return data.encode_solutions(problems, tokenizer, args.max_response, "--paths", "left out")
     if args.paths != "policy":
         vocabulary = cache.fingerprint(tokenizer.get_vocab())
         entries = cache.load(Path(args.paths), vocabulary, {p.id for p in problems}, len(tokenizer), print)
@@ -339,8 +350,8 @@ def run_segments(args: argparse.Namespace, evaluator: Evaluator, problems: list[
     for number, f in enumerate(args.segments):
         done = {r["id"] for r in rows[f]}
         # a path that is kept whole has nothing left to sample: at least its last token is sampled again
-        work = [(p, prompts[p.id], paths[p.id][:min(int(f * len(paths[p.id])), len(paths[p.id]) - 1)], (number,))
-                for p in problems if p.id not in done]
+        work = [(p, prompts[p.id], paths[p.id][:min(int(f * len(paths[p.id])), len(paths[p.id]) - 1)],
+                 (number,)) for p in problems if p.id not in done]
 
         def keep(record: dict, f: float = f) -> None:
             rows[f].append(record | {"kept": f})
@@ -363,12 +374,13 @@ def print_results(results: dict[str, dict], segments: bool) -> None:
                       + (", ".join(f"{s}: {v['problems']}" for s, v in r[key].items()) or "none"))
         else:
             k = r["samples"]
-            print(f"{name}: {r['problems']} problems, avg@{k} {r['avg']:.4f} ({r['avg_low']:.4f}-{r['avg_high']:.4f}), "
-                  + "".join(f"{x} {r[x]:.4f}, " for x in r if x.startswith("pass@")) + f"maj@{k} {r['maj']:.4f}, "
-                  f"mean response {r['length']:.0f} tokens, {r['finished']:.1%} finished, {r['no_answer']:.1%} without "
-                  f"an answer")
-        print(f"{name}: {r['seconds']:.0f} s, {r['tokens_sampled']:,} tokens, {r['tokens_per_s']:.0f} tokens/s "
-              "(of this call)")
+            print(f"{name}: {r['problems']} problems, avg@{k} {r['avg']:.4f} "
+                  f"({r['avg_low']:.4f}-{r['avg_high']:.4f}), "
+                  + "".join(f"{x} {r[x]:.4f}, " for x in r if x.startswith("pass@"))
+                  + f"maj@{k} {r['maj']:.4f}, mean response {r['length']:.0f} tokens, "
+                  f"{r['finished']:.1%} finished, {r['no_answer']:.1%} without an answer")
+        print(f"{name}: {r['seconds']:.0f} s, {r['tokens_sampled']:,} tokens, {r['tokens_per_s']:.0f} "
+              "tokens/s (of this call)")
 
 
 def compare(first: str, second: str) -> None:
@@ -406,16 +418,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         protocol = protocol_of(args, tokenizer, sets)
         out = Path(args.out or f"runs/eval-{folder.name}-{cache.fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
-        earlier = {name: resumed(out / f"responses-{name}.jsonl", cache.fingerprint(protocol)) for name in sets}
+        earlier = {name: resumed(out / f"responses-{name}.jsonl", cache.fingerprint(protocol))
+                   for name in sets}
         model = rpo.load_policy(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         eos = data.eos_ids(tokenizer, model.generation_config.eos_token_id)
         how = rollout.Sampling(eos, len(tokenizer), args.temperature, args.top_p, args.top_k)
         results = {}
         with rewards.Checker(loose=False) as checker:
-            evaluator = Evaluator(model, tokenizer, how, checker, args.memory or rollout.default_memory(device),
-                                  args.max_response, args.seed)
+            evaluator = Evaluator(model, tokenizer, how, checker,
+                                  args.memory or rollout.default_memory(device), args.max_response, args.seed)
             for name, (_, problems) in sets.items():
-                results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
+                results[name] = run_one(args, evaluator, problems, earlier[name],
+                                        out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -431,8 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem], records: list[dict],
             path: Path) -> dict[str, object]:
     """One benchmark: what is missing is sampled, each record written at once."""
-    prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction, args.instruction_role)
-               for p in problems}
+    prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction,
+                                        args.instruction_role) for p in problems}
     start, sampled = time.perf_counter(), 0
     with open(path, "a") as file:
         def write(record: dict) -> None:
@@ -450,8 +464,8 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.
             def keep(record: dict) -> None:
                 records.append(record)
                 write(record)
-            evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples, keep,
-                          "responses")
+            evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples,
+                          keep, "responses")
             figures = summarise(records)
     seconds = time.perf_counter() - start
     return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}

@@ -107,10 +107,10 @@ def _unmarked(text: str) -> str | None:
 
 # --- clean and tokenize -------------------------------------------------------------------------------------
 _UNICODE = str.maketrans({
-    "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "≠": "!=", "×": "*", "·": "*",
-    "⋅": "*", "÷": "/", "−": "-", "–": "-", "∪": r"\cup ", "±": r"\pm ", "∈": r"\in ", "θ": r"\theta ",
-    "≈": r"\approx ", "²": "^2", "³": "^3", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ", "€": "", "£": "",
-    "\u200b": "", "\ufeff": "", "∘": "°", "’": "'"})
+    "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "≠": "!=", "×": "*",
+    "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "∪": r"\cup ", "±": r"\pm ", "∈": r"\in ",
+    "θ": r"\theta ", "≈": r"\approx ", "²": "^2", "³": "^3", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
+    "€": "", "£": "", "\u200b": "", "\ufeff": "", "∘": "°", "’": "'"})
 _FUNCTIONS = {f: f for f in "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln exp".split()}
 _FUNCTIONS |= {"log": "ln", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _SAME_AS = {spelling: token for token, spellings in {
@@ -833,7 +833,7 @@ class RewardFileError(ValueError):
 
 
 class RewardFile:
-    """A user's `reward(problem, response_text) -> float | dict[str, float]`; the parts of a dict are summed."""
+    """A user's `reward(problem, response_text) -> float | dict[str, float]`; a dict's parts are summed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -858,7 +858,8 @@ class RewardFile:
             raise RewardFileError(f"--reward-file {self.path}: reward() failed at line {line}: "
                                   f"{error!r}") from error
         if not all(map(math.isfinite, parts.values())):
-            raise RewardFileError(f"--reward-file {self.path}: reward() must return finite numbers, not {parts}")
+            raise RewardFileError(f"--reward-file {self.path}: reward() must return finite numbers, "
+                                  f"not {parts}")
         return parts
 
 

@@ -349,7 +349,8 @@ def packed_weights(model: PreTrainedModel, tokens: int) -> Iterator[None]:
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling, memory: float,
-             label: str = "", done_with: Callable[[int, list[Suffix]], None] | None = None) -> list[list[Suffix]]:
+             label: str = "",
+             done_with: Callable[[int, list[Suffix]], None] | None = None) -> list[list[Suffix]]:
     """Continue each request's context once per seed; returns one list of suffixes per request, in order.
 
     memory: GiB for keys and values. label: names the progress bar, which appears after 5 seconds. done_with:

@@ -37,8 +37,8 @@ ALGORITHMS: dict[str, dict] = {
     "cispo": _GRPO | dict(surrogate="cispo", clip_low=1.0, clip_high=4.0,
                           aggregation="token"),  # 2506.13585: ratio at most 5, no lower clip
 }
-ADVANTAGES, RATIO_LEVELS, SURROGATES = ("std", "mean", "leave_one_out"), ("token", "sequence"), ("clip", "cispo")
-AGGREGATIONS = ("token", "response", "sum", "budget")
+ADVANTAGES, RATIO_LEVELS = ("std", "mean", "leave_one_out"), ("token", "sequence")
+SURROGATES, AGGREGATIONS = ("clip", "cispo"), ("token", "response", "sum", "budget")
 
 
 def group_advantages(rewards: Sequence[float], kind: str = "std") -> list[float]:
@@ -204,23 +204,31 @@ def use_shared_prefix(model: PreTrainedModel) -> str:
     """Switch `model` to shared-prefix attention, unless that is something else than its own plain forward.
 
     Compares the two once and returns why the model keeps its own attention (sliding windows, soft caps, no
-    such switch); "" where it is switched. `is_shared(model)` tells later.
+    such switch); "" where it is switched. `is_shared(model)` tells later. Raises ValueError where the logits
+    are not those of the output layer (soft caps, scaling): then there is no way.
     """
     own = model.config._attn_implementation
     context, suffixes = [5, 3, 8, 2, 7, 1], [[4, 9, 6, 2], [1, 6, 3, 3]]
+    batch = pack([Item(context, suffixes, [0.0, 0.0], [[], []])], model.device)
+
+    def matches() -> bool:
+        states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
+        got = model.get_output_embeddings()(states[batch.index[:, -1]])
+        return torch.allclose(got, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
     with torch.no_grad():
-        plain = [model(torch.tensor([context + s], device=model.device)).logits[0, -2] for s in suffixes]
+        plain = torch.stack([model(torch.tensor([context + s], device=model.device)).logits[0, -2]
+                             for s in suffixes])
         try:
             model.set_attn_implementation("shared_prefix")
-            batch = pack([Item(context, suffixes, [0.0, 0.0], [[], []])], model.device)
-            states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
-            shared = model.get_output_embeddings()(states[batch.index[:, -1]])
-            if torch.allclose(shared, torch.stack(plain), rtol=1e-3, atol=1e-3 * float(plain[0].abs().max())):
+            if matches():
                 return ""
             reason = "its attention is not plain causal attention"
         except (TypeError, AttributeError, ValueError) as error:
             reason = str(error)
-    model.set_attn_implementation(own)
+        model.set_attn_implementation(own)
+        if not matches():
+            raise ValueError(f"--model: {type(model).__name__} does more to its logits than its output layer "
+                             "(a soft cap, a scale): such models are not supported")
     return reason
 
 
@@ -408,7 +416,8 @@ def shared_logprobs(model: PreTrainedModel, batch: Batch, temperature: float = 1
     """
     states = hidden_states(model, batch.input_ids, batch.position_ids, batch.layout)
     head = model.get_output_embeddings()
-    weight, bias = (x if x is None or vocab_size in (None, len(x)) else x[:vocab_size] for x in (head.weight, head.bias))
+    weight, bias = (x if x is None or vocab_size in (None, len(x)) else x[:vocab_size]
+                    for x in (head.weight, head.bias))
     logprobs, entropy = _TokenLogprobs.apply(states[batch.index[batch.mask]], weight, bias,
                                              batch.targets[batch.mask], temperature)
     zeros = logprobs.new_zeros(batch.mask.shape)

@@ -150,7 +150,7 @@ def test_sampled_frequencies_are_the_softmax():
 
 def test_a_column_is_drawn_from_many_blocks_as_from_one_running_sum():
     rng = np.random.default_rng(0)
-    weights = rng.random((40, 1000)).astype(np.float32) * (rng.random((40, 1000)) < 0.7)  # 30 % are never drawn
+    weights = rng.random((40, 1000)).astype(np.float32) * (rng.random((40, 1000)) < 0.7)  # 30 %: never drawn
     uniforms = rng.random(40).astype(np.float32)
     uniforms[:3] = 0, 1 - 2**-24, 0.5
     got = rollout._invert(torch.from_numpy(weights).float(), torch.from_numpy(uniforms)).numpy()
@@ -202,6 +202,16 @@ def test_an_architecture_with_sliding_windows_takes_the_plain_path_and_stays_exa
     assert loss_over(model, ITEMS, "dapo", 1.0, 40) == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         assert relative_error(parameter.grad, want[name]) < 1e-4
+
+
+def test_a_model_whose_logits_are_more_than_its_output_layer_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+    config = Gemma2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                          num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, final_logit_softcapping=2.0,
+                          initializer_range=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="soft cap"):
+        rpo.use_shared_prefix(Gemma2ForCausalLM(config).eval())
 
 
 # ------------------------------------------------------------------- shared-prefix log-probs
@@ -320,6 +330,25 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
                     assert relative_error(parameter.grad, grads[name]) < bound, (name, algo)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(bias, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    states, weight, offset = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+                              for shape in ((13, 8), (20, 8), (20,)))
+    targets, upstream = torch.arange(13), torch.randn(13, generator=generator, dtype=torch.float64)
+    plain = ((states @ weight.T + (offset if bias else 0)) / 0.7).log_softmax(-1)
+    want = torch.autograd.grad((plain[range(13), targets] * upstream).sum(),
+                               (states, weight, offset)[:2 + bias])
+    for rows in (1, 5, 100):
+        monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 20 * rows)
+        got, entropy = rpo._TokenLogprobs.apply(states, weight, offset if bias else None, targets, 0.7)
+        assert torch.allclose(got, plain[range(13), targets], rtol=1e-12)
+        assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), rtol=1e-12)
+        assert not entropy.requires_grad
+        grads = torch.autograd.grad((got * upstream).sum(), (states, weight, offset)[:2 + bias])
+        assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(grads, want))
+
+
 def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
     model = shared(random_model("qwen2"))
     loss_over(model, ITEMS, "dapo", 1.0, 10_000)
@@ -414,7 +443,8 @@ def test_the_six_algorithms_by_hand():
     for algo, settings in rpo.ALGORITHMS.items():
         logprobs = torch.full((2, 3), math.log(0.3), requires_grad=True)
         denominator = rpo.update_denominator(items, settings["aggregation"])
-        loss, stats = rpo.policy_loss(logprobs, batch, denominator, **{k: settings[k] for k in train.OBJECTIVE})
+        loss, stats = rpo.policy_loss(logprobs, batch, denominator,
+                                      **{k: settings[k] for k in train.OBJECTIVE})
         loss.backward()
         losses[algo] = loss.item(), stats["clipped"], logprobs.grad[:, 0].tolist()
     log = math.log(0.3)
@@ -492,7 +522,8 @@ def test_suffix_budget_by_hand():
         with pytest.raises(ValueError, match="--max-suffix"):
             cache.parse_max_suffix(text)
     # a cut of 30 tokens, 100 are left to --max-response
-    assert [cache.suffix_budget(30, m, 100) for m in (None, 400, 40, 1.5, 9.9, 1.01)] == [100, 100, 40, 45, 100, 31]
+    assert [cache.suffix_budget(30, m, 100) for m in (None, 400, 40, 1.5, 9.9, 1.01)] == [
+        100, 100, 40, 45, 100, 31]
 
 
 def test_every_nth_visit_is_a_full_path():
@@ -504,14 +535,15 @@ def test_every_nth_visit_is_a_full_path():
 
 @pytest.mark.parametrize("keep, old, accuracy, allowed", [
     (False, True, [0, 0, 1], {0, 1, 2}), (True, True, [0, 0, 1], {2}), (True, True, [1, 0, 1], {0, 2}),
-    (True, True, [0, 0, 0], {None}), (True, False, [0, 0, 1], {0, 1, 2}), (False, True, [0, 0, 0], {0, 1, 2})])
+    (True, True, [0, 0, 0], {None}), (True, False, [0, 0, 1], {0, 1, 2}),
+    (False, True, [0, 0, 0], {0, 1, 2})])
 def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, accuracy, allowed):
     before = cache.Entry([9, 9], 1.0, old, 2, 3, visits=4, limit=5.0)
     responses = [[0] * 7, [1] * 6, [2] * 8]
     seen = set()
     for seed in range(60):
-        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 8, np.random.default_rng(seed), 0.5,
-                             keep)
+        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 8, np.random.default_rng(seed),
+                             0.5, keep)
         pick = None if after.response_ids == [9, 9] else after.response_ids[0]
         seen.add(pick)
         assert (after.visits, after.shortest, after.limit) == (5, 6, 5.0)
@@ -522,7 +554,7 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, accuracy, allo
 
 @pytest.mark.parametrize("start", [2.0, 900.0])
 def test_the_adaptive_cut_converges_to_half_of_the_suffixes_succeeding(start):
-    """A policy whose chance falls with the cut m as exp(-m / 100): mean over m ~ U{1..L} is 1/2 at L = 160."""
+    """A policy whose chance falls with cut m as exp(-m / 100): mean over m ~ U{1..L} is 1/2 at L = 160."""
     rng = np.random.default_rng(0)
     path = cache.Entry(list(range(1000)), 1.0, True, 1000, 0, limit=start)
     rates, limits = [], []
@@ -556,20 +588,21 @@ def test_cache_file_is_one_json_line_an_entry(tmp_path):
     assert lines == [{"tokenizer": "words"},
         {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
          "visits": 2, "limit": 6.5},
-        {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0, "visits": 0,
-         "limit": 0.0}]
+        {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
+         "visits": 0, "limit": 0.0}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
     assert "line 2 has an unknown problem" in said.pop()
-    assert cache.load(path, "words", {"a", "b"}, 7, said.append) == {"b": entries["b"]}  # 7 is beyond the vocabulary
+    assert cache.load(path, "words", {"a", "b"}, 7, said.append) == {"b": entries["b"]}  # 7 is an unknown id
     with pytest.raises(ValueError, match="tokenizer"):
         cache.load(path, "other words", {"a", "b"}, 8, said.append)
 
 
 def test_a_damaged_cache_file_is_reported_and_never_gives_another_path(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "cache.jsonl"
-    entries = {f"{i:016x}": cache.Entry(rng.integers(0, 99, 30).tolist(), 1.0, True, 30, i) for i in range(20)}
+    entries = {f"{i:016x}": cache.Entry(rng.integers(0, 99, 30).tolist(), 1.0, True, 30, i)
+               for i in range(20)}
     cache.save(entries, path, "words")
     whole = path.read_bytes()
     header = whole.index(b"\n") + 1
@@ -592,7 +625,8 @@ def test_a_damaged_cache_file_is_reported_and_never_gives_another_path(tmp_path)
         said = []
         got = cache.load(path, "words", set(entries), 99, said.append)
         assert got.items() <= entries.items() and len(got) >= whole[:length].count(b"\n") - 1
-        assert bool(said) == (whole[length - 1:length] != b"\n" and len(got) == whole[:length].count(b"\n") - 1)
+        assert bool(said) == (whole[length - 1:length] != b"\n"
+                              and len(got) == whole[:length].count(b"\n") - 1)
 
 
 # ---------------------------------------------------------------------------------- rewards
@@ -761,8 +795,8 @@ HOSTILE = FOUND_BY_FUZZING + [
     r"\frac{1}{" * 99 + "2" + "}" * 99, r"\boxed{" * 20000, "1," * 9999, "99*" * 5000 + "1",
     r"\pm" * 40 + "1", r"1\pm2\pm3\pm4\pm5\pm6\pm7\pm8", r"\{" * 800, "|" * 501, "|x" * 100, r"\tan(\pi/2)",
     r"\ln 0", r"\log_{0} 5", r"\log_1 7", "0^{-1}", r"0^{-\pi}", r"\frac{7}{1-1}", r"(-8)^{1/3}", "\x00",
-    "\ud800", "8\u200b", "\u0667", "⑦⑦", "\U0001f600", r"\text{", "_", "^", "&", "%", "$", "#", "'", "'''",
-    r"x'_'", "5_", "__import__('os').system('touch pwned')", "().__class__.__bases__[0]", "lambda: 7",
+    "\ud800", "8\u200b", "\u0667", "⑦⑦", "\U0001f600", r"\text{", "_", "^", "&", "%", "$", "#", "'",
+    "'''", r"x'_'", "5_", "__import__('os').system('touch pwned')", "().__class__.__bases__[0]", "lambda: 7",
     r"\begin{pmatrix}1&2\\3\end{pmatrix}", r"\begin{pmatrix}1\end{pmatrix}+\begin{pmatrix}1&2\end{pmatrix}",
     r"\begin{pmatrix}1&2\end{pmatrix}^2", r"\sum_{n=1}^{9} n", r"\lfloor 9^{9^{9}}/2 \rfloor", r"|\infty|",
     r"\overline{}", "0.\\overline{}", "1/0", "1 2/0", r"\sqrt[0]{7}", r"\sqrt[x]{}", r"\int e^{x^2}dx",
@@ -1156,8 +1190,9 @@ def test_full_visits_and_the_suffix_budget_in_the_loop(tmp_path):
 
 
 def test_the_adaptive_cut_in_the_loop_follows_the_accuracy(tmp_path, monkeypatch):
-    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64", "--dynamic-rounds", "1",
-               "--steps", "2", "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
+    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64",
+               "--dynamic-rounds", "1", "--steps", "2",
+               "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
     for right, factor in ((True, math.exp(0.5)), (False, math.exp(-0.5))):
         monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [right] * len(pairs))
         limits = [m["cache/limit"] for m in run_with(tmp_path / str(right), *options)]
@@ -1177,9 +1212,11 @@ def test_own_reward_is_added_with_its_weight_and_logged_apart(tmp_path):
 
 
 @pytest.mark.parametrize("text, word", [
-    ("def reward(problem, text):\n    return 1 / 0\n", "line 2"), ("def reward(problem):\n    return 1\n", "reward()"),
-    ("x = 1\n", "no function"), ("def reward(:\n", "cannot be loaded"), (None, "cannot be loaded"),
-    ("def reward(p, t):\n    return float('nan')\n", "finite"), ("def reward(p, t):\n    return None\n", "None")])
+    ("def reward(problem, text):\n    return 1 / 0\n", "line 2"),
+    ("def reward(problem):\n    return 1\n", "reward()"), ("x = 1\n", "no function"),
+    ("def reward(:\n", "cannot be loaded"), (None, "cannot be loaded"),
+    ("def reward(p, t):\n    return float('nan')\n", "finite"),
+    ("def reward(p, t):\n    return None\n", "None")])
 def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
     own = tmp_path / "mine.py"
     if text is not None:
@@ -1191,9 +1228,9 @@ def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
 def test_an_all_correct_group_has_a_gradient_only_with_the_length_reward(tmp_path, monkeypatch):
     monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [True] * len(pairs))
     for alpha, trains in (("0", False), ("0.1", True)):
-        metrics = run_with(tmp_path / alpha, "--algo", "grpo", "--dynamic-rounds", "1", "--length-reward", alpha,
-                           "--max-cut", "1.0", "--temperature", "1.3", "--steps", "1", "--max-response",
-                           "330")
+        metrics = run_with(tmp_path / alpha, "--algo", "grpo", "--dynamic-rounds", "1",
+                           "--length-reward", alpha, "--max-cut", "1.0", "--temperature", "1.3",
+                           "--steps", "1", "--max-response", "330")
         assert (sum(m["group/trained"] for m in metrics) > 0) == trains
         assert all(m["group/zero_std_fraction"] == 1 for m in metrics)
 
@@ -1214,7 +1251,8 @@ TIMINGS = ("time/", "tokens/per_s", "memory/", "reward/check_ms_max")
 
 def outcome(out: Path) -> tuple:
     """Everything that a run leaves and that must not depend on when it was stopped."""
-    metrics = [{k: v for k, v in m.items() if not k.startswith(TIMINGS)} for m in lines_of(out / "metrics.jsonl")]
+    metrics = [{k: v for k, v in m.items() if not k.startswith(TIMINGS)}
+               for m in lines_of(out / "metrics.jsonl")]
     return ((out / "policy" / "model.safetensors").read_bytes(), (out / "cache.jsonl").read_bytes(), metrics,
             (out / "samples.jsonl").read_bytes())
 
@@ -1272,7 +1310,8 @@ def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
     # grpo's own values come with it
     config = train.parse_config(["--resume", str(out), "--algo", "grpo", "--resume-override", "--lr", "0.5"])
     assert (config.clip_high, config.aggregation, config.lr, config.max_cut) == (0.2, "response", 0.5, "0.3")
-    assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1", "--keep-checkpoints", "2"]) == 0
+    assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1",
+                       "--keep-checkpoints", "2"]) == 0
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
     with open(out / "lock") as file:
@@ -1287,7 +1326,7 @@ def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, capsys):
-    """A write error at every place of the second save of a run: it goes on, and the first save still resumes."""
+    """A write error at every place of a run's second save: it goes on, and the first save still resumes."""
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -1303,9 +1342,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
             real = train.save_checkpoint
 
             def save(run, *rest):
-                if run.progress.step == 2:
-                    patch.setattr(owner, name, failure)
-                real(run, *rest)
+                with monkeypatch.context() as inner:
+                    if run.progress.step == 2:
+                        inner.setattr(owner, name, failure)
+                    real(run, *rest)
             patch.setattr(train, "save_checkpoint", save)
             options = ["--steps", "2", "--save-every", "1", "--data", problems, "--max-response", "150"]
             run_with(out, *options)
@@ -1330,7 +1370,8 @@ def test_a_gradient_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys
         options = ["--steps", steps, "--algo", "grpo", "--problems-per-step", "3", "--dynamic-rounds", "1",
                    "--eval-every", "0", "--temperature", "1.3", "--max-cut", "1.0", "--length-reward", "0.1",
                    "--max-response", "60"]
-        monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [i % 2 == 0 for i, _ in enumerate(pairs)])
+        monkeypatch.setattr(rewards.Checker, "check",
+                            lambda self, pairs: [i % 2 == 0 for i, _ in enumerate(pairs)])
         assert train.main([*QUICK, *options, "--out", str(out)]) == code
         metrics = lines_of(out / "metrics.jsonl")
         assert sum(m["policy/skipped_updates"] for m in metrics) == (1 if code == 0 else 9)
@@ -1358,7 +1399,8 @@ def test_text_of_problems_never_reaches_the_screen_raw(tmp_path, capsys):
     problems = [{"problem": f"{nasty} {i}", "answer": "1"} for i in range(8)]
     problems.append({"problem": "?", "answer": nasty + "\\frac{"})
     source = write(tmp_path / "p.jsonl", *problems)
-    run_with(tmp_path / "run", "--data", source, "--steps", "1", "--max-response", "30", "--max-prompt", "200")
+    run_with(tmp_path / "run", "--data", source, "--steps", "1", "--max-response", "30",
+             "--max-prompt", "200")
     said = capsys.readouterr()
     assert "cannot be checked" in said.out and not set(said.out + said.err) & {"\x1b", "\x07"}
 
@@ -1381,7 +1423,7 @@ KILLED = [*QUICK, "--steps", "4", "--save-every", "1", "--eval-every", "2", "--e
 @pytest.mark.parametrize("method", ["rpo", "full"])
 @pytest.mark.parametrize("algo", ["grpo", "dapo"])
 def test_killed_at_any_moment_it_ends_with_the_same_bits(method, algo, tmp_path):
-    """SIGKILL at five random moments of each, in cache initialisation, rollout, update, save and evaluation."""
+    """SIGKILL at 5 random moments of each, in cache initialisation, rollout, update, save and evaluation."""
     def start(out: str) -> subprocess.Popen:
         code = "import torch, train; torch.set_num_threads(1); raise SystemExit(train.main())"
         options = [*KILLED, "--algo", algo, "--rollout", method, "--out", str(tmp_path / out)]
@@ -1403,8 +1445,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(method, algo, tmp_path)
 SWITCHES = {  # what the pairs of options are made of
     "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
     "--max-cut": ["20", "0.5", "adaptive"], "--max-suffix": ["", "30", "2.0"], "--epsilon": ["0.5", "1"],
-    "--cache-init": ["policy", "solutions"], "--cache-keep-correct": [False, True], "--full-every": ["0", "2"],
-    "--length-reward": ["0", "0.01"], "--length-reference": ["all", "correct"],
+    "--cache-init": ["policy", "solutions"], "--cache-keep-correct": [False, True],
+    "--full-every": ["0", "2"], "--length-reward": ["0", "0.01"], "--length-reference": ["all", "correct"],
     "--format-weight": ["0", "0.5"], "--cosine-weight": ["0", "1"], "--overlong-penalty": ["0", "1"],
     "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],
     "--advantage": [None, "std", "mean", "leave_one_out"], "--aggregation": [None, "token", "budget"],
@@ -1431,7 +1473,8 @@ def all_pairs() -> list[dict[str, object]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("row", all_pairs(), ids=lambda row: "-".join(str(v) for v in row.values()))
 def test_every_pair_of_switches_runs_five_steps_with_finite_metrics(row, tmp_path):
-    problems = [p | {"solution": f"It is \\boxed{{{p['answer']}}}"} for p in lines_of(TINY / "train.jsonl")[:4]]
+    problems = [p | {"solution": f"It is \\boxed{{{p['answer']}}}"}
+                for p in lines_of(TINY / "train.jsonl")[:4]]
     options = ["--data", write(tmp_path / "p.jsonl", *problems)]
     for name, value in row.items():
         flag = name if value else name.replace("--", "--no-", 1)
@@ -1579,7 +1622,8 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     assert figures["pass@4"] == pytest.approx(np.mean([any(r["correct"]) for r in records]))
     assert figures["tokens"] == sum(n for r in records for n in r["tokens"]) == figures["tokens_sampled"]
     for record in records:
-        assert record["correct"] == [is_correct(t, record["answer"], loose=False) for t in record["responses"]]
+        assert record["correct"] == [is_correct(t, record["answer"], loose=False)
+                                     for t in record["responses"]]
     for key in ("template", "checker", "commit", "seed", "top_p", "instruction", "max_response"):
         assert key in first["protocol"]
     assert first["protocol"]["data"]["easy"]["problems"] == 5
@@ -1601,7 +1645,8 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
 def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, capsys):
     problems = lines_of(TINY / "train.jsonl")[:4]
     source = write(tmp_path / "p.jsonl", *problems)
-    options = ["--data", source, "--segments", "0.5,0.98,1", "--samples", "3", "--temperature", "1.0"]
+    options = ["--data", source, "--segments", "0.5,0.98,1", "--samples", "3", "--temperature", "1.0",
+               "--max-response", "420"]
     results = evaluated(tmp_path / "a", *options, "--paths", "solutions")["results"]["p"]
     assert [row["kept"] for row in results["table"]] == [0.5, 0.98, 1.0]
     assert results["table"][2]["all"][0] == 1.0  # only the end token is left
@@ -1615,8 +1660,9 @@ def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, ca
         assert all(text.startswith(tokenizer.decode(kept)) for text in record["responses"])
     sampled = evaluated(tmp_path / "c", "--data", source, "--segments", "0.9", "--temperature", "1.0")
     assert sampled["results"]["p"]["problems"] == 4
-    cached = evaluated(tmp_path / "b", "--data", str(TINY / "train.jsonl"), "--segments", "0.9", "--temperature", "1.0",
-                       "--paths", str(finished / "cache.jsonl"))
+    cached = evaluated(tmp_path / "b", "--max-response", "420", "--data", str(TINY / "train.jsonl"),
+                       "--segments", "0.9",
+                       "--temperature", "1.0", "--paths", str(finished / "cache.jsonl"))
     assert cached["results"]["train"]["problems"] == len(lines_of(finished / "cache.jsonl")) - 1
 
 

@@ -92,9 +92,11 @@ class Config:
                                    ("all", "correct"))
     format_weight: float = option(0.0, "of the thoughts being closed once by </think> on its own line")
     cosine_weight: float = option(0.0, "of a reward that falls with length: right 1 to 0.5, wrong 0 to -0.5")
-    overlong_penalty: float | None = option(None, "largest penalty near --max-response; unset: dapo 1, else 0")
+    overlong_penalty: float | None = option(None, "largest penalty near --max-response; "
+                                                  "unset: dapo 1, else 0")
     overlong_buffer: float = option(0.2, "last share of --max-response in which that penalty grows")
-    reward_file: str = option("", "Python file with reward(problem, response_text) -> float or dict of floats")
+    reward_file: str = option("", "Python file with reward(problem, response_text) -> "
+                                  "float or dict of floats")
     reward_file_weight: float = option(1.0, "of what it returns")
     # the objective: unset values come from the algorithm's row in rpo.ALGORITHMS
     advantage: str | None = option(None, "of a response in its group", rpo.ADVANTAGES)
@@ -132,7 +134,8 @@ class Config:
 
 
 # may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "tensorboard", "out", "resume", "resume_override")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "tensorboard", "out", "resume",
+        "resume_override")
 ROLLOUTS = {"rpo": {"length_reward": 0.01}, "full": {"length_reward": 0.0}}
 # randomness is a function of (seed, step, purpose, problem), so that nothing depends on what was drawn before
 ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
@@ -181,7 +184,8 @@ def stored_config(out: Path, flag: str) -> dict[str, object]:
         known = {item.name for item in dataclasses.fields(Config)}
         return {name: value for name, value in stored.items() if name in known}
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{flag} {out}: holds no run (config.json: {error}); give the folder of one") from error
+        raise ValueError(f"{flag} {out}: holds no run (config.json: {error}); "
+                         "give the folder of one") from error
 
 
 def flag_of(name: str) -> str:
@@ -303,7 +307,8 @@ def prepare(config: Config) -> Run:
     reward_file = rewards.RewardFile(config.reward_file) if config.reward_file else None
     if reward_file:
         reward_file(problems[0], problems[0].solution)  # a mistake in it is better found now
-    solutions = data.encode_solutions(problems, tokenizer, config.max_response) \
+    solutions = data.encode_solutions(problems, tokenizer, config.max_response, "--cache-init",
+                                      "their first paths are sampled") \
         if config.cache_init == "solutions" and config.rollout == "rpo" else {}
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if config.device == "auto" else config.device)
@@ -334,7 +339,8 @@ def prepare(config: Config) -> Run:
 def check_folder(out: Path, config: Config) -> object:
     """The lock of a run to go on with, None for a new one. Raises ValueError where neither can be."""
     if not (out / "config.json").exists():
-        if config.resume or out.exists() and (not out.is_dir() or {f.name for f in out.iterdir()} - {"lock", "tmp"}):
+        if config.resume or out.exists() and (
+                not out.is_dir() or {f.name for f in out.iterdir()} - {"lock", "tmp"}):
             raise ValueError(f"--out {out}: holds no run to go on with, but other files; give a new folder")
         return None
     lock = lock_folder(out)
@@ -342,9 +348,9 @@ def check_folder(out: Path, config: Config) -> object:
     changed = [flag_of(name) for name, value in vars(config).items()
                if name not in FREE and stored.get(name) != value]
     if changed and not config.resume_override:
-        raise ValueError(f"--out {out}: holds another run, which differs in {', '.join(changed)}; give a new folder "
-                         "to start anew, or the same values (--resume takes them over), or --resume-override to "
-                         "go on with changed ones")
+        raise ValueError(f"--out {out}: holds another run, which differs in {', '.join(changed)}; give a new "
+                         "folder to start anew, or the same values (--resume takes them over), or "
+                         "--resume-override to go on with changed ones")
     return lock
 
 
@@ -377,7 +383,7 @@ def split_problems(config: Config, folder: Path) -> tuple[list[data.Problem], li
 
 
 def check_disk(out: Path, folder: Path, keep: int) -> None:
-    """A checkpoint is policy and Adam's two states in float32. Raises ValueError without room for those kept."""
+    """A checkpoint is policy and Adam's two states in float32. Raises ValueError if those kept do not fit."""
     weights = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -385,7 +391,8 @@ def check_disk(out: Path, folder: Path, keep: int) -> None:
     size = 12 * weights + 2**22  # and the cache, the logs
     need = (keep + 1) * size  # an old one goes when the new one is whole
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free + sum(f.stat().st_size for f in out.glob("checkpoint*/**/*") if f.is_file())
+    free = shutil.disk_usage(parent).free + sum(
+        f.stat().st_size for f in out.glob("checkpoint*/**/*") if f.is_file())
     if free < need:
         raise ValueError(f"--out {out}: not enough disk for checkpoints, {need / 2**20:.0f} MiB are needed "
                          f"and {free / 2**20:.0f} MiB are free; make room or give another folder")
@@ -454,7 +461,7 @@ def sample_groups(run: Run, planned: list[rollout.Group], group_size: int, key: 
 
 
 def reward(run: Run, group: rollout.Group, texts: list[str]) -> tuple[list[float], dict[str, list[float]]]:
-    """Rewards of a group's responses: the weighted sum of its parts; the parts besides accuracy, unweighted."""
+    """Rewards of a group's responses: the weighted sum of its parts; parts besides accuracy, unweighted."""
     c, lengths = run.config, [len(r) for r in group.responses]
     shaped = rewards.length_rewards(group.accuracy, lengths, c.length_reward, c.length_reference)
     total, parts = c.accuracy_weight * np.array(shaped), {}
@@ -516,10 +523,11 @@ def update_cache(run: Run, groups: list[rollout.Group], step: int) -> None:
     """Every visited problem, those without a gradient too."""
     c = run.config
     for index, group in enumerate(groups):
-        entry = cache.update(run.entries[group.problem.id], group.responses, group.rewards, group.accuracy, step,
-                             run.rng(step, UPDATE, index), c.epsilon, c.cache_keep_correct)
+        entry = cache.update(run.entries[group.problem.id], group.responses, group.rewards, group.accuracy,
+                             step, run.rng(step, UPDATE, index), c.epsilon, c.cache_keep_correct)
         # a full path says nothing about the cut
-        run.entries[group.problem.id] = steered(c, entry, float(np.mean(group.accuracy))) if group.cut else entry
+        run.entries[group.problem.id] = (steered(c, entry, float(np.mean(group.accuracy)))
+                                         if group.cut else entry)
 
 
 # ----------------------------------------------------------------------------------------------- update
@@ -562,7 +570,8 @@ def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.o
     run.model.eval()
     metrics = {"policy/skipped_updates": skipped, "policy/lr": scheduler.get_last_lr()[0]}
     if tokens := sums["tokens"]:
-        metrics |= {"policy/entropy": sums["entropy"] / tokens, "policy/clip_fraction": sums["clipped"] / tokens,
+        metrics |= {"policy/entropy": sums["entropy"] / tokens,
+                    "policy/clip_fraction": sums["clipped"] / tokens,
                     "policy/approx_kl": sums["approx_kl"] / tokens, "policy/kl_ref": sums["kl_ref"] / tokens,
                     "policy/grad_norm": sums["norm"] / (len(shares) - skipped),
                     "policy/sampling_gap_mean": sums["gap"] / tokens, "policy/sampling_gap_max": gap_max,
@@ -594,7 +603,8 @@ def accumulate_gradient(run: Run, items: list[rpo.Item]) -> tuple[Counter, float
         batch = rpo.pack(part, run.device)
         with run.autocast():
             logprobs, entropy = logprobs_of(run, run.model, batch)
-            loss, stats = rpo.policy_loss(logprobs, batch, denominator, **{k: getattr(c, k) for k in OBJECTIVE})
+            loss, stats = rpo.policy_loss(logprobs, batch, denominator,
+                                          **{k: getattr(c, k) for k in OBJECTIVE})
         loss.backward()
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         gap = (old - batch.sampled_logprobs)[batch.mask].abs()
@@ -625,7 +635,7 @@ def with_logprobs(run: Run, items: list[rpo.Item], **models: PreTrainedModel) ->
 
 
 def smaller_if_out_of_memory(run: Run, size: str, work: Callable, *args: object) -> object:
-    """work(*args), once more with half of that size (a field of Progress) if the device's memory is too small."""
+    """work(*args), once more with half of that size (a field of Progress) if device memory is too small."""
     try:
         return work(*args)
     except torch.OutOfMemoryError:
@@ -636,8 +646,8 @@ def smaller_if_out_of_memory(run: Run, size: str, work: Callable, *args: object)
     before = getattr(run.progress, size)
     setattr(run.progress, size, before // 2 if isinstance(before, int) else before / 2)
     flag = {"memory": "--rollout-memory"}.get(size, flag_of(size))
-    tqdm.write(f"out of memory: {flag} {before:.6g} is halved to {getattr(run.progress, size):.6g} from here on; "
-               "results are the same")
+    tqdm.write(f"out of memory: {flag} {before:.6g} is halved to {getattr(run.progress, size):.6g} from "
+               "here on; results are the same")
     return work(*args)
 
 
@@ -701,7 +711,8 @@ def find_board() -> type:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter
     except ImportError as error:
-        raise ValueError("--tensorboard: the optional package is not installed: pip install tensorboard") from error
+        raise ValueError("--tensorboard: the optional package is not installed: "
+                         "pip install tensorboard") from error
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -711,18 +722,20 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
                     scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """A new folder that gets its name when it is whole; if that fails, the one before stays and it is said."""
+    """A new folder that gets its name when whole; if that fails, the one before stays and it is said."""
     new, final = run.out / "checkpoint.tmp", run.out / f"checkpoint-{run.progress.step:06d}"
-    run.progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS if (run.out / name).exists()}
+    run.progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS
+                              if (run.out / name).exists()}
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         run.model.save_pretrained(new / "policy")  # hub format, float32
         run.tokenizer.save_pretrained(new / "policy")
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, new / "optimizer.pt")
+        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
+                   new / "optimizer.pt")
         cache.save(run.entries, new / "cache.jsonl", cache.fingerprint(run.tokenizer.get_vocab()))
-        state = {"progress": dataclasses.asdict(run.progress), "problems": cache.fingerprint(sorted(run.prompts)),
-                 "config": dataclasses.asdict(run.config),
+        state = {"progress": dataclasses.asdict(run.progress),
+                 "problems": cache.fingerprint(sorted(run.prompts)), "config": dataclasses.asdict(run.config),
                  "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         (new / "state.json").write_text(json.dumps(state))
         for file in [*new.rglob("*"), new]:
@@ -737,10 +750,10 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
             os.replace(link, run.out / name)
         for old in sorted(run.out.glob("checkpoint-*[0-9]"))[:-run.config.keep_checkpoints]:
             shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is to torch and safetensors
         shutil.rmtree(new, ignore_errors=True)
-        tqdm.write(f"step {run.progress.step}: the checkpoint could not be written ({one_line(error)}); the one "
-                   "before is kept, the run goes on")
+        tqdm.write(f"step {run.progress.step}: the checkpoint could not be written ({one_line(error)}); "
+                   "the one before is kept, the run goes on")
 
 
 def sync(path: Path) -> None:
@@ -757,9 +770,11 @@ def restore(run: Run) -> None:
     """Progress, cache and logs as they were; weights and optimiser are loaded where they are made."""
     state = json.loads((run.checkpoint / "state.json").read_text())
     if state["problems"] != cache.fingerprint(sorted(run.prompts)):
-        raise ValueError(f"--resume {run.out}: the problems of --data or --eval-data are not those of the run")
+        raise ValueError(f"--resume {run.out}: the problems of --data or --eval-data are not those of "
+                         "the run")
     halved = state["progress"]["halved"]
-    new = {} if halved else {"tokens_per_forward": run.progress.tokens_per_forward, "memory": run.progress.memory}
+    new = {} if halved else {"tokens_per_forward": run.progress.tokens_per_forward,
+                             "memory": run.progress.memory}
     run.progress = Progress(**state["progress"] | new)
     path = run.checkpoint / "cache.jsonl"
     run.entries = cache.load(path, cache.fingerprint(run.tokenizer.get_vocab()), {p.id for p in run.problems},
@@ -819,10 +834,11 @@ def train(run: Run) -> dict[str, float] | None:
             save_checkpoint(run, optimizer, scheduler)
             raise
         progress.step, progress.seconds = step, time.perf_counter() - start
-        bar.set_postfix_str("reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix "
-                            "{response/suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**progress.metrics))
+        bar.set_postfix_str(
+            "reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix {response/suffix_length:.0f} "
+            "{tokens/per_s:.0f} tok/s".format(**progress.metrics))
         if c.save_every and step % c.save_every == 0 or step == c.steps or run.stop:
-            save_checkpoint(run, optimizer, scheduler)  # before the evaluation: a failure there must not lose it
+            save_checkpoint(run, optimizer, scheduler)  # before the evaluation: its failure must not lose it
         if run.stop:
             return None
         finish_step(run, start)
@@ -830,7 +846,8 @@ def train(run: Run) -> dict[str, float] | None:
     return {"accuracy_before": progress.accuracy_before, "accuracy_after": progress.accuracy_after,
             "steps": c.steps, "tokens_generated": progress.tokens_generated,
             "tokens_full_path": progress.tokens_full_path, "seconds": seconds,
-            "seconds_without_evaluation": seconds - progress.eval_seconds, "short_steps": progress.short_steps}
+            "seconds_without_evaluation": seconds - progress.eval_seconds,
+            "short_steps": progress.short_steps}
 
 
 def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer,
@@ -888,7 +905,8 @@ def warn_of_collapse(run: Run, metrics: dict[str, float]) -> None:
     for name, bad, meaning in COLLAPSE:
         if name in metrics and bad(metrics[name]) and name not in run.warned:
             run.warned.add(name)
-            tqdm.write(f"warning: step {metrics['step']}: {name} is {metrics[name]:.3g}: {meaning} (said once)")
+            tqdm.write(f"warning: step {metrics['step']}: {name} is {metrics[name]:.3g}: {meaning} "
+                       "(said once)")
 
 
 def print_summary(summary: dict[str, float], run: Run) -> None:
@@ -902,17 +920,20 @@ def print_summary(summary: dict[str, float], run: Run) -> None:
     print(f"run folder: {run.out} (policy/, metrics.jsonl, samples.jsonl, summary.json)")
 
 
-def stop_on_signals(run: Run) -> None:
-    """The first SIGINT or SIGTERM ends the run after its step, with a checkpoint; the second one at once."""
+def stop_on_signals(run: Run) -> dict[int, object]:
+    """The first SIGINT or SIGTERM ends the run after its step, with a checkpoint; the second one at once.
+
+    Returns the handlers before; none outside the main thread, where signals cannot be handled.
+    """
     def handle(number: int, frame: object) -> None:
         if run.stop:
             raise KeyboardInterrupt
         run.stop = True
         tqdm.write("signal: the run ends with a checkpoint after this step; once more: at once, without")
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handle)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
 def fail(code: int, message: str) -> int:
@@ -935,28 +956,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(2, one_line(error))
     tqdm.write(f"{config.model}: {run.model.num_parameters() / 1e6:.1f} M parameters on {run.device}, "
                f"{run.dtype}; {len(run.problems)} problems, {len(run.held_out)} held out; "
-               f"run folder {run.out}" + (f", goes on after step {run.progress.step}" if run.checkpoint else ""))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    stop_on_signals(run)
+               f"run folder {run.out}"
+               + (f", goes on after step {run.progress.step}" if run.checkpoint else ""))
+    handlers = stop_on_signals(run)
     try:
         with run.checker:
             summary = train(run)
+            if summary:
+                write_json(run.out / "summary.json", summary)
     except rewards.RewardFileError as error:
         return fail(2, one_line(error))
     except Diverged as error:
         return fail(1, f"{error}; checkpoint: {run.out}")
+    except OSError as error:  # a log that cannot be written
+        return fail(1, f"{one_line(error)}; the checkpoint is whole: go on with --resume {run.out}")
     except torch.OutOfMemoryError as error:
         return fail(1, f"out of memory: lower --tokens-per-forward or --rollout-memory ({one_line(error)})")
     except KeyboardInterrupt:
         summary = None
     finally:
-        for number, handler in handlers.items() if threading.current_thread() is threading.main_thread() else ():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         run.lock.close()
     if summary is None:
-        print(f"stopped after step {run.progress.step}; go on with: python train.py --resume {shlex.quote(str(run.out))}")
+        print(f"stopped after step {run.progress.step}; go on with: "
+              f"python train.py --resume {shlex.quote(str(run.out))}")
         return 130
-    write_json(run.out / "summary.json", summary)
     print_summary(summary, run)
     return 0
 

@@ -26,8 +26,8 @@ with atheris.instrument_imports(include=["rewards"]):
 
 TOKENS = (
     r"0 1 2 7 9 10 12 100 2004 0.5 .25 1,000 3e8 1e-9 99999999999 x y n a e i pi \pi \infty "
-    r"\theta + - * / ^ ^ _ ! % ° ' = < > <= >= != \le \ge \ne \in \approx \pm \mp \cdot \times \div \cup ( ) "
-    r"[ ] { } \{ \} | , ; : & $ \$ . \\ \frac \dfrac \sqrt \sqrt[3] \binom \log_2 \ln \sin \cos^2 \tan "
+    r"\theta + - * / ^ ^ _ ! % ° ' = < > <= >= != \le \ge \ne \in \approx \pm \mp \cdot \times \div \cup "
+    r"( ) [ ] { } \{ \} | , ; : & $ \$ . \\ \frac \dfrac \sqrt \sqrt[3] \binom \log_2 \ln \sin \cos^2 \tan "
     r"\arcsin \exp \lfloor \rfloor \lceil \rceil \overline{3} \begin{pmatrix} \end{pmatrix} "
     r"\text{cm} \text{B} \text{even} \text{or} \mathrm{e} \mathbb{R} \emptyset \left( \right) "
     r"\boxed{ \fbox{ \quad \, \! ^\circ \% and or sqrt( sin( apples percent #### </think> "

@@ -26,7 +26,8 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         sys.exit(f"plot.py: error: {folder}: no run folder of train.py ({error})")
-    return {k: v for k, v in config.items() if k not in IGNORED}, [dict.fromkeys(AXES, 0) | row for row in rows]
+    return ({k: v for k, v in config.items() if k not in IGNORED},
+            [dict.fromkeys(AXES, 0) | row for row in rows])
 
 
 def labels(configs: list[dict]) -> list[str]:
@@ -40,12 +41,14 @@ def curve(runs: list[list[dict]], axis: str, metric: str) -> tuple[np.ndarray, n
     """x, mean, standard deviation over the runs, at the steps that all of them have."""
     tables = [{row["step"]: row for row in rows if metric in row} for rows in runs]
     steps = sorted(set.intersection(*(set(table) for table in tables)))
-    x, y = (np.array([[table[s][key] for s in steps] for table in tables], dtype=float) for key in (axis, metric))
+    x, y = (np.array([[table[s][key] for s in steps] for table in tables], dtype=float)
+            for key in (axis, metric))
     return x.mean(0), y.mean(0), y.std(0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
@@ -73,7 +76,8 @@ def main() -> None:
             if axis == "tokens/generated":
                 axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         row[0].set_ylabel(title)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False, fontsize="small")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False,
+                  fontsize="small")
     figure.tight_layout(rect=(0, 0.04 + 0.03 * ((len(names) + 1) // 2), 1, 1))
     args.out.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "svg"):

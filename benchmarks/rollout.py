@@ -3,8 +3,8 @@
     python benchmarks/rollout.py [--model FOLDER] [--plot docs/group_cost.svg]     # SmolLM2-135M: 20 minutes
 
 model.generate gets the prefix G times, as TRL's trainers hand it over when they sample without a server, and
-is told to produce exactly S tokens. Every pair is timed in one process, in turn, and medians are compared. The
-last line is one JSON object. --plot needs matplotlib.
+is told to produce exactly S tokens. Every pair is timed in one process, in turn, and medians are compared.
+The last line is one JSON object. --plot needs matplotlib.
 """
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     pip install trl==1.16.0 && python benchmarks/versus_trl.py --model FOLDER [--lengths 512 2048]
 
-All sample G responses of exactly T tokens (RPO: the last m of a path of T, m uniform up to 10 % of it, mean of
-several steps), score them, and take one AdamW step without KL; float32, no activation checkpointing. The last
-line is one JSON object.
+All sample G responses of exactly T tokens (RPO: the last m of a path of T, m uniform up to 10 % of it, mean
+of several steps), score them, and take one AdamW step without KL; float32, no activation checkpointing.
+The last line is one JSON object.
 """
 from __future__ import annotations
 
