@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -94,7 +95,9 @@ def limit_fraction(model: PreTrainedModel, item: rpo.Item, took: float) -> float
 def peak_of(folder: str, way: str, shape: str) -> float:
     """GiB that forward and backward of a whole group add to weights and gradients, in its own process."""
     out = subprocess.run([sys.executable, __file__, "--model", folder, "--shapes", shape, "--peak", way],
-                         capture_output=True, text=True, check=True).stdout
+                         capture_output=True, text=True, check=True,
+                         # freed blocks go back to the system, so that the resident size is what is in use
+                         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}).stdout
     return float(out.split()[-1])
 
 
