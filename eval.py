@@ -194,7 +194,7 @@ def segment_figures(rows: dict[float, list[dict]], original: dict[str, bool]) ->
 
 
 def _steepest(rates: dict[float, dict[str, float]], ids: Iterable[str], sign: int) -> dict[str, dict]:
-    """Per pair of neighbouring fractions: the problems whose success rate changes most there, and how much."""
+    """Per pair of neighbouring fractions: the problems whose success rate changes most there; how much."""
     steps, gaps = list(zip(rates, list(rates)[1:])), {}
     for i in ids if steps else ():
         change, step = max((sign * (rates[s[1]][i] - rates[s[0]][i]), s) for s in steps)

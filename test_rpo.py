@@ -376,6 +376,15 @@ def test_attention_with_copies_of_the_context_is_the_same_function(kind, monkeyp
         assert relative_error(parameter.grad, split[name]) < 1e-5
 
 
+def test_the_order_of_the_groups_does_not_change_the_gradient():
+    model = shared(in_float64(random_model("qwen2")))
+    for algo in rpo.ALGORITHMS:
+        loss = loss_over(model, ITEMS, algo, 1.0, 40)
+        grads = [p.grad.clone() for p in model.parameters()]
+        assert loss_over(model, ITEMS[::-1], algo, 1.0, 60) == pytest.approx(loss, rel=1e-9)
+        assert all(relative_error(p.grad, g) < 1e-9 for p, g in zip(model.parameters(), grads))
+
+
 def test_micro_batches_keep_within_the_budget_and_lose_nothing():
     items = items_for([[4, 1, 7], [9, 9], [3, 2, 2, 2]], [6, 19, 2])
     for budget in (10, 27, 50, 1000):
@@ -431,7 +440,13 @@ def test_aggregation_by_hand():
     assert by_token.item() == pytest.approx(-(2 - 1 - 1 - 1) / 4)
     assert by_response.item() == pytest.approx(-(2 - 1) / 2)
     by_response.backward()
-    assert logprobs.grad.tolist() == [[-1, 0, 0], pytest.approx([1 / 6] * 3)]  # loss 0 is not gradient 0
+    assert logprobs.grad.tolist() == [[-1, 0, 0], pytest.approx([1 / 6] * 3)]
+    batch = hand_batch(rpo.group_advantages([1, 0, 0, 0]), [2, 1, 3, 2])  # they sum to 0
+    logprobs = torch.zeros(4, 3, requires_grad=True)
+    loss, _ = rpo.policy_loss(logprobs, batch, 4, aggregation="response", **settings)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-7)  # and still there is a gradient
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([-1.5 / 8, 0.5 / 4, 0.5 / 12, 0.5 / 8], abs=1e-5)
 
 
 def test_the_six_algorithms_by_hand():
@@ -1140,6 +1155,35 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_pat
     assert "--tokens-per-forward" in capsys.readouterr().err
 
 
+def test_out_of_memory_while_sampling_halves_the_memory_and_goes_on(tmp_path, monkeypatch, capsys):
+    real, calls = rollout.generate, []
+
+    def scarce(model, requests, how, memory, label, *rest):
+        calls.append(memory)
+        if len(calls) in failing:
+            raise torch.OutOfMemoryError("scarce")
+        return real(model, requests, how, memory, label, *rest)
+
+    options = ["--steps", "1", "--max-response", "150", "--rollout-memory", "0.5"]
+    monkeypatch.setattr(rollout, "generate", scarce)
+    for failing in ((), (2,)):
+        calls.clear()
+        run_with(tmp_path / str(len(failing)), *options)
+    assert calls[0] == calls[1] == 0.5 and set(calls[2:]) == {0.25}
+    assert "--rollout-memory 0.5 is halved to 0.25" in capsys.readouterr().out
+    assert outcome(tmp_path / "0") == outcome(tmp_path / "1")
+
+
+def test_tensorboard_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "pip install tensorboard" in expect_error(capsys, tmp_path / "out", "--tensorboard")
+    board = type("Board", (), {"add_scalar": lambda self, *args: shown.append(args)})
+    shown = []
+    monkeypatch.setattr(train, "find_board", lambda: lambda folder: board())
+    metrics = run_with(tmp_path / "run", "--tensorboard", "--steps", "1", "--max-response", "150")
+    assert shown == [(name, value, 1) for name, value in metrics[0].items()]
+
+
 def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(train.rewards, "length_rewards", lambda correct, *rest: [0.0] * len(correct))
     monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [False] * len(pairs))
@@ -1333,7 +1377,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
     def full_for_torch(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    places = [(train.PreTrainedModel, "save_pretrained", full), (train.torch, "save", full_for_torch),
+    places = [(train.PreTrainedModel, "save_pretrained", full),
+              (train.PreTrainedTokenizerBase, "save_pretrained", full), (Path, "write_text", full),
+              (train.torch, "save", full_for_torch),
               (train.cache, "save", full), (train, "sync", full), (train.os, "replace", full)]
     problems = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])
     for number, (owner, name, failure) in enumerate(places):
@@ -1414,6 +1460,24 @@ def test_code_in_a_model_folder_needs_consent(tmp_path, capsys):
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     message = expect_error(capsys, tmp_path / "out", "--model", str(folder))
     assert "trust_remote_code" in message.replace("-", "_") and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_run_with_one_gradient_that_is_not_finite_still_learns(tmp_path, monkeypatch):
+    real, calls = rpo.policy_loss, []
+
+    def broken(*args, **kwargs):
+        loss, sums = real(*args, **kwargs)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), sums
+
+    monkeypatch.setattr(rpo, "policy_loss", broken)
+    preset = Path(train.__file__).with_name("presets") / "tiny.args"
+    out = tmp_path / "run"
+    assert train.main([f"@{preset}", "--model", str(TINY), "--steps", "15", "--out", str(out)]) == 0
+    metrics = lines_of(out / "metrics.jsonl")
+    assert sum(m.get("policy/skipped_updates", 0) for m in metrics) == 1
+    assert metrics[-1]["eval/accuracy"] > metrics[0]["eval/accuracy"] + 0.05
 
 
 KILLED = [*QUICK, "--steps", "4", "--save-every", "1", "--eval-every", "2", "--eval-problems", "4"]

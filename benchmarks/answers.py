@@ -2,6 +2,7 @@
 
     pip install math-verify==0.9.0 antlr4-python3-runtime==4.13.2     # for the speed comparison only
     python benchmarks/answers.py [--shared ../shared] [--differences]
+    python benchmarks/answers.py --responses results/NAME/responses-NAME.jsonl    # of eval.py, by both
 
 Accuracy uses the answers of math-verify 0.9.0 recorded in the files. The last line is one JSON object.
 """
@@ -138,11 +139,34 @@ def speed(answers: list[str]) -> dict:
     return out
 
 
+def responses(path: Path, show: bool) -> None:
+    """The responses of an evaluation as eval.py graded them, and as math-verify does."""
+    from math_verify import parse, verify
+
+    rows = [
+        (record["answer"], text, correct)
+        for record in load(path)[1:]
+        for text, correct in zip(record["responses"], record["correct"])
+    ]
+    theirs = [verify(parse(boxed(gold)), parse(text)) for gold, text, _ in rows]
+    apart = [(r, t) for r, t in zip(rows, theirs) if r[2] != t]
+    print(
+        f"{len(rows)} responses: right by rewards.py {sum(r[2] for r in rows)}, by math-verify "
+        f"{sum(theirs)}, judged otherwise {len(apart)}, of them without a committed answer "
+        f"{sum(rewards.extract_answer(r[1]) is None for r, _ in apart)}"
+    )
+    for (gold, text, ours), _ in apart if show else ():
+        print(f"    gold {gold!r}, ours {ours}, answer {rewards.extract_answer(text)!r}: ...{text[-90:]!r}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the answer checker.")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="has verifier/ and data/")
     parser.add_argument("--differences", action="store_true", help="list the rows judged otherwise")
+    parser.add_argument("--responses", type=Path, help="grade these instead")
     args = parser.parse_args()
+    if args.responses:
+        return responses(args.responses, args.differences)
     if not (args.shared / "verifier").is_dir():
         sys.exit(f"no labelled answers at {args.shared}/verifier: give their folder with --shared")
     files = {path.stem: load(path) for path in (args.shared / "verifier").glob("*.jsonl")}
