@@ -86,14 +86,25 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, how: Sampling) -> tuple
         ids = logits.argmax(-1)
     else:
         if how.top_k or how.top_p < 1:
-            ranked, order = weights.sort(-1, descending=True)
-            mass = ranked.cumsum(-1)
-            drop = mass - ranked >= how.top_p * mass[:, -1:]  # the token that crosses top_p stays
-            if how.top_k:
-                drop[:, how.top_k:] = True
-            weights = weights.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), 0.0)
+            weights = _truncate(weights, how.top_p, how.top_k or min(1024, weights.shape[1]), not how.top_k)
         ids = _invert(weights, uniforms)
     return ids, scaled.gather(1, ids[:, None])[:, 0] - normaliser
+
+
+def _truncate(weights: torch.Tensor, top_p: float, largest: int, more: bool) -> torch.Tensor:
+    """weights (R, V) with zeros beyond the `largest` ones, and beyond those that make up top_p of the total.
+
+    more: a row whose `largest` ones do not reach top_p is looked at whole. Sorting all rows whole is slow.
+    """
+    ranked, order = weights.topk(largest)
+    mass, enough = ranked.cumsum(-1), top_p * weights.sum(-1, keepdim=True)
+    if top_p < 1:
+        ranked = ranked.masked_fill(mass - ranked >= enough, 0.0)  # the token that crosses top_p stays
+    kept = torch.zeros_like(weights).scatter_(1, order, ranked)
+    short = (mass[:, -1:] < enough)[:, 0]
+    if more and largest < weights.shape[1] and short.any():
+        kept[short] = _truncate(weights[short], top_p, weights.shape[1], False)
+    return kept
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> torch.Tensor:

@@ -160,6 +160,18 @@ def test_a_column_is_drawn_from_many_blocks_as_from_one_running_sum():
         assert edges[column] - 1e-6 <= u <= edges[column + 1] + 1e-6
 
 
+def test_top_p_of_a_large_vocabulary_keeps_what_sorting_keeps():
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([[0.1], [1.0], [2.0], [4.0], [9.0], [0.0]])
+    logits = torch.randn(6, 5000, generator=generator) * scale
+    probabilities = logits.double().softmax(-1)
+    kept = rollout._truncate((logits - logits.amax(-1, keepdim=True)).exp(), 0.9, 1024, True) > 0
+    for row, mask in zip(probabilities, kept):
+        assert row[mask].sum() >= 0.9 - 1e-5 and row[mask].sum() - row[mask].min() < 0.9 + 1e-5
+        assert row[mask].min() >= row[~mask].max() - 1e-12
+    assert kept[0].sum() > 1024 > kept[4].sum()  # both ways were taken
+
+
 def test_top_k_and_top_p_keep_the_crossing_token():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).expand(1000, -1)
     uniforms = torch.linspace(0, 1 - 2**-24, 1000)  # reaches both ends of the distribution
@@ -1708,6 +1720,16 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     assert evaluation.main(["--compare", *(str(tmp_path / x / "results.json") for x in "ab")]) == 0
     gap = greedy["results"]["easy"]["avg"] - figures["avg"]
     assert f"{gap:+.4f}" in capsys.readouterr().out
+
+
+def test_every_sample_of_an_evaluation_has_its_own_seed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(rollout, "generate", lambda model, requests, *rest: seen.extend(
+        seed for request in requests for seed in request.seeds))
+    evaluator = evaluation.Evaluator(None, None, None, None, 1.0, 50, 7)
+    for key in ((0,), (1,)):
+        evaluator.run([(p, [1], [], key) for p in load(str(TINY / "test.jsonl"))[:3]], 4, print, "")
+    assert len(seen) == len(set(seen)) == 24
 
 
 def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, capsys):
