@@ -169,9 +169,9 @@ def parse_config(arguments: Sequence[str]) -> Config:
         parser.error(str(error))
     if show:
         for name, value in vars(config).items():
-            source = "command line" if name in given else f"--algo {config.algo}" if name in \
-                rpo.ALGORITHMS[config.algo] else f"--rollout {config.rollout}" if name in \
-                ROLLOUTS[config.rollout] else "default"
+            source = "command line" if name in given else "--resume" if name in stored else \
+                f"--algo {config.algo}" if name in rpo.ALGORITHMS[config.algo] else \
+                f"--rollout {config.rollout}" if name in ROLLOUTS[config.rollout] else "default"
             print(f"{flag_of(name):26s} {value!s:30s} {source}")
         parser.exit()
     return config
