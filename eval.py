@@ -213,16 +213,17 @@ def draw_segments(table: list[dict], samples: int, out: Path) -> None:
         print("no figure: it needs the optional package matplotlib (pip install matplotlib); "
               "the table has all values")
         return
-    figure, axes = pyplot.subplots(figsize=(5.4, 3.6))
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    split = table[0]["right"] and table[0]["wrong"]  # else one of them is the curve of all
     for name, label in (("all", "all"), ("right", "path was right"), ("wrong", "path was wrong")):
-        rows = [(r["kept"], *r[name]) for r in table if r[name]]
+        rows = [(r["kept"], *r[name]) for r in table if r[name] and (split or name == "all")]
         if rows:
             kept, mean, low, high, count = map(list, zip(*rows))
             axes.plot(kept, mean, marker="o", label=f"{label} (n = {count[0]})")
             axes.fill_between(kept, low, high, alpha=0.15)
     axes.set(xlabel="fraction of the path that is kept", ylabel=f"accuracy of {samples} continuations",
              ylim=(0, 1.02))
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, fontsize="small")
     axes.grid(alpha=0.3)
     figure.tight_layout()
     for ending in ("png", "svg"):
