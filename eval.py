@@ -75,6 +75,7 @@ def cluster(answers: Sequence[str | None], checker: rewards.Checker) -> list[int
 
 def summarise(records: Sequence[dict]) -> dict[str, object]:
     """Figures of one benchmark from its records, one a problem (see `Evaluator.record`)."""
+    records = sorted(records, key=lambda r: r["id"])  # in whatever order they came: the same interval
     n = len(records[0]["correct"])
     means = [float(np.mean(r["correct"])) for r in records]
     low, high = interval(means)
@@ -92,29 +93,17 @@ def summarise(records: Sequence[dict]) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-@dataclass
-class Evaluation:
-    """What train.py shows of a greedy pass over the held-out problems."""
-
-    accuracy: float  # share of problems whose response has the right answer (pass@1)
-    problems: int
-    length_mean: float  # tokens of a response
-    finished_fraction: float  # ended by EOS, not by the limit
-    seconds: float
-
-
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem],
              prompts: Sequence[list[int]], checker: rewards.Checker, max_response: int, memory: float,
-             eos: tuple[int, ...]) -> Evaluation:
+             eos: tuple[int, ...]) -> dict[str, float]:
     """pass@1: every problem answered once, greedily, from its prompt alone. memory: GiB for generate()."""
     evaluator = Evaluator(model, tokenizer, rollout.Sampling(eos, len(tokenizer), temperature=0), checker,
                           memory, max_response, 0)
-    start, records = time.perf_counter(), []
-    evaluator.run([(p, prompt, [], ()) for p, prompt in zip(problems, prompts)], 1, records.append,
-                  "evaluation")
-    figures = {key: float(np.mean([r[key][0] for r in records])) for key in ("correct", "tokens", "finished")}
-    return Evaluation(figures["correct"], len(records), figures["tokens"], figures["finished"],
-                      time.perf_counter() - start)
+    records: list[dict] = []
+    work = [(p, prompt, [], ()) for p, prompt in zip(problems, prompts)]
+    evaluator.run(work, 1, records.append, "evaluation")
+    names = {"correct": "accuracy", "tokens": "length", "finished": "finished_fraction"}
+    return {f"eval/{name}": float(np.mean([r[key] for r in records])) for key, name in names.items()}
 
 
 @dataclass
@@ -130,7 +119,7 @@ class Evaluator:
     seed: int
 
     def run(self, work: Sequence[tuple[data.Problem, list[int], list[int], tuple[int, ...]]], samples: int,
-            write: Callable[[dict], None], label: str) -> None:
+            keep: Callable[[dict], None], label: str, **more: object) -> None:
         """Continue each (problem, prompt ids, prefix ids, key) `samples` times; a record for each when done.
 
         What a row draws depends on the seed, the problem, the key and its number only.
@@ -139,7 +128,7 @@ class Evaluator:
                                     [(self.seed, int(p.id, 16), *key, row) for row in range(samples)])
                     for p, prompt, prefix, key in work]
         rollout.generate(self.model, requests, self.how, self.memory, label,
-                         lambda i, suffixes: write(self.record(work[i][0], work[i][2], suffixes)))
+                         lambda i, suffixes: keep(self.record(work[i][0], work[i][2], suffixes) | more))
 
     def record(self, problem: data.Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
         """Lists over the samples: text, answer or None, the answer's cluster, correct, tokens, finished."""
@@ -286,16 +275,15 @@ def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[data.Pr
     """By benchmark name: where it comes from, and its problems. Raises ValueError."""
     sets = {}
     for name in args.data.split(","):
-        source = BENCHMARKS.get(name, name)
-        if name in BENCHMARKS and args.data_dir:
-            folder = Path(args.data_dir)
-            source = str(next((f for f in (folder / f"{name}.jsonl", folder / f"{name}_test.jsonl",
-                                           folder / f"{name}_math.jsonl") if f.exists()),
-                              folder / f"{name}.jsonl"))
+        source = str(Path(args.data_dir, f"{name}.jsonl")) if name in BENCHMARKS and args.data_dir else \
+            BENCHMARKS.get(name, name)
         problems = data.load_problems(source, "--data", rewards.extract_answer, rewards.parse_error)
         if not problems:
             raise ValueError(f"--data {name}: holds no problem with an answer that can be checked")
-        sets[name if name in BENCHMARKS else Path(name).stem] = (source, problems[:args.limit or None])
+        short = name if name in BENCHMARKS else Path(name).stem
+        if short in sets:
+            raise ValueError(f"--data {args.data}: two of the sets are called {short}; evaluate them apart")
+        sets[short] = (source, problems[:args.limit or None])
     return sets
 
 
@@ -318,7 +306,7 @@ def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
 
 
 def first_paths(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
-                prompts: dict[str, list[int]], records: list[dict], write: Callable) -> dict[str, list[int]]:
+                prompts: dict[str, list[int]], records: list[dict], keep: Callable) -> dict[str, list[int]]:
     """The paths that --segments cuts, token ids by problem id."""
     tokenizer = evaluator.tokenizer
     if args.paths == "solutions":
@@ -327,37 +315,31 @@ def first_paths(args: argparse.Namespace, evaluator: Evaluator, problems: list[d
         vocabulary = cache.fingerprint(tokenizer.get_vocab())
         entries = cache.load(Path(args.paths), vocabulary, {p.id for p in problems}, len(tokenizer), print)
         return {name: entry.response_ids for name, entry in entries.items()}
-    done = {r["id"]: r for r in records if r["kept"] is None}
+    done = {r["id"] for r in records if r["kept"] is None}
+    todo = [p for p in problems if p.id not in done]
     requests = [rollout.Request(prompts[p.id], args.max_response, [(args.seed, int(p.id, 16), 10**6)])
-                for p in problems if p.id not in done]
-    suffixes = iter(rollout.generate(evaluator.model, requests, evaluator.how, evaluator.memory, "paths"))
-    for problem in problems:
-        if problem.id not in done:
-            done[problem.id] = {"id": problem.id, "kept": None, "path": next(suffixes)[0].ids}
-            write(done[problem.id])
-    return {name: record["path"] for name, record in done.items()}
+                for p in todo]
+    rollout.generate(evaluator.model, requests, evaluator.how, evaluator.memory, "paths",
+                     lambda i, rows: keep({"id": todo[i].id, "kept": None, "path": rows[0].ids}))
+    return {r["id"]: r["path"] for r in records if r["kept"] is None}
 
 
 def run_segments(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
-                 prompts: dict[str, list[int]], records: list[dict], write: Callable) -> dict[str, object]:
-    """Continue every fraction of every path; its figures."""
-    paths = first_paths(args, evaluator, problems, prompts, records, write)
+                 prompts: dict[str, list[int]], records: list[dict], keep: Callable) -> dict[str, object]:
+    """Continue every fraction of every path; its figures. keep: puts a record into `records`."""
+    paths = first_paths(args, evaluator, problems, prompts, records, keep)
     problems = [p for p in problems if p.id in paths]
     if not problems:
         raise ValueError(f"--paths {args.paths}: no path for a problem of --data")
     texts = evaluator.tokenizer.batch_decode([paths[p.id] for p in problems], skip_special_tokens=True)
     right = evaluator.checker.check([(text, p.answer) for text, p in zip(texts, problems)])
-    rows: dict[float, list[dict]] = {f: [r for r in records if r["kept"] == f] for f in args.segments}
     for number, f in enumerate(args.segments):
-        done = {r["id"] for r in rows[f]}
+        done = {r["id"] for r in records if r["kept"] == f}
         # a path that is kept whole has nothing left to sample: at least its last token is sampled again
         work = [(p, prompts[p.id], paths[p.id][:min(int(f * len(paths[p.id])), len(paths[p.id]) - 1)],
                  (number,)) for p in problems if p.id not in done]
-
-        def keep(record: dict, f: float = f) -> None:
-            rows[f].append(record | {"kept": f})
-            write(rows[f][-1])
-        evaluator.run(work, args.samples, keep, f"{f:g} kept")
+        evaluator.run(work, args.samples, keep, f"{f:g} kept", kept=f)
+    rows = {f: [r for r in records if r["kept"] == f] for f in args.segments}
     return {"problems": len(problems)} | segment_figures(rows, dict(zip((p.id for p in problems), right)))
 
 
@@ -443,32 +425,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem], records: list[dict],
-            path: Path) -> dict[str, object]:
+def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
+            earlier: list[dict], path: Path) -> dict[str, object]:
     """One benchmark: what is missing is sampled, each record written at once."""
     prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction,
                                         args.instruction_role) for p in problems}
-    start, sampled = time.perf_counter(), 0
+    start, records = time.perf_counter(), list(earlier)
     with open(path, "a") as file:
-        def write(record: dict) -> None:
-            nonlocal sampled
-            sampled += sum(record.get("tokens", []))
+        def keep(record: dict) -> None:
+            records.append(record)
             file.write(json.dumps(record) + "\n")
             file.flush()
 
         if args.segments:
-            figures = run_segments(args, evaluator, problems, prompts, records, write)
+            figures = run_segments(args, evaluator, problems, prompts, records, keep)
         else:
-            records = list(records)
             done = {r["id"] for r in records}
-
-            def keep(record: dict) -> None:
-                records.append(record)
-                write(record)
             evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples,
                           keep, "responses")
             figures = summarise(records)
     seconds = time.perf_counter() - start
+    sampled = sum(sum(r.get("tokens", [])) for r in records[len(earlier):])
     return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}
 
 

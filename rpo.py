@@ -447,7 +447,7 @@ def policy_loss(logprobs: torch.Tensor, batch: Batch, denominator: int, *, clip_
 
     logprobs (R, S) with gradient. batch.old_logprobs None means on-policy: the ratio is 1, its gradient that
     of the log-prob. Returns the scalar loss, divided by `denominator` (see update_denominator), and sums over
-    tokens for the log: clipped, approx_kl, kl_ref. Source: the papers beside ALGORITHMS.
+    tokens for the log: clip_fraction, approx_kl, kl_ref. Source: the papers beside ALGORITHMS.
     """
     mask = batch.mask
     old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -464,7 +464,7 @@ def policy_loss(logprobs: torch.Tensor, batch: Batch, denominator: int, *, clip_
     else:
         token_objective = torch.minimum(ratio * advantages, clipped_ratio * advantages)
         clipped = clipped_ratio * advantages < ratio * advantages
-    sums["clipped"] = (clipped & mask).sum().item()
+    sums["clip_fraction"] = (clipped & mask).sum().item()
     if kl_coef > 0:
         ref_ratio = (batch.ref_logprobs - logprobs).clamp(-20, 20)
         k3 = ref_ratio.exp() - ref_ratio - 1

@@ -438,7 +438,7 @@ def test_clipping_by_hand():
     loss, stats = rpo.policy_loss(logprobs, batch, 5, clip_low=0.2, clip_high=0.28, aggregation="token")
     # 1.28 (clipped), -1.5, 0.5, -0.8 (clipped), 1.25
     assert loss.item() == pytest.approx(-(1.28 - 1.5 + 0.5 - 0.8 + 1.25) / 5, abs=1e-6)
-    assert stats["clipped"] == 2
+    assert stats["clip_fraction"] == 2
     loss.backward()
     # d(ratio)/d(logprob) = ratio where not clipped
     assert logprobs.grad[:, 0].tolist() == pytest.approx([0, 0.3, -0.1, 0, -0.25], abs=1e-6)
@@ -475,7 +475,7 @@ def test_the_six_algorithms_by_hand():
         loss, stats = rpo.policy_loss(logprobs, batch, denominator,
                                       **{k: settings[k] for k in train.OBJECTIVE})
         loss.backward()
-        losses[algo] = loss.item(), stats["clipped"], logprobs.grad[:, 0].tolist()
+        losses[algo] = loss.item(), stats["clip_fraction"], logprobs.grad[:, 0].tolist()
     log = math.log(0.3)
     # the first response is clipped (no gradient), the second is not: its ratio counts against it, 1.5 * -1
     by_hand = {"grpo": (-(2.4 - 1.5) / 2, 1, [0, 1.5 / 6]), "dapo": (-(2.56 - 4.5) / 4, 1, [0, 1.5 / 4]),
@@ -489,7 +489,7 @@ def test_the_six_algorithms_by_hand():
     batch.old_logprobs = far
     settings = {k: rpo.ALGORITHMS["cispo"][k] for k in train.OBJECTIVE}
     loss, stats = rpo.policy_loss(torch.full((2, 3), log), batch, 4, **settings)
-    assert loss.item() == pytest.approx(-(10 * log - 15 * log) / 4) and stats["clipped"] == 4
+    assert loss.item() == pytest.approx(-(10 * log - 15 * log) / 4) and stats["clip_fraction"] == 4
 
 
 def test_kl_penalty_by_hand():
@@ -1445,6 +1445,10 @@ def test_a_gradient_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys
         assert {"context", "suffixes", "advantages"} <= dumped[0].keys()
     assert "ten updates in a row" in capsys.readouterr().err
     assert (out / "checkpoint-000009").is_dir()
+    bad = set()  # the eleventh one is sound
+    assert train.main(["--resume", str(out)]) == 0
+    assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == list(range(1, 13))
+    assert {r["step"] for r in lines_of(out / "samples.jsonl")} == set(range(1, 13))
 
 
 def test_collapse_is_named_once(tmp_path, capsys):
@@ -1757,6 +1761,7 @@ def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, ca
 
 
 @pytest.mark.parametrize("arguments, word", [
+    (["--model", str(TINY), "--data", f"{TINY}/test.jsonl,{TINY}/test.jsonl"], "test"),
     ([], "--model"), (["--model", "x", "--data", "y", "--samples", "0"], "--samples"),
     (["--model", "x", "--data", "y", "--segments", "0,2"], "--segments"),
     (["--model", "x", "--data", "y", "--samples", "4"], "greedy"), (["--compare", "a", "b"], "--compare a"),

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, logging
 
@@ -295,7 +296,6 @@ def prepare(config: Config) -> Run:
     folder = None if config.data else data.find_model(config.model, trust)  # a wrong file before a download
     problems, held_out = split_problems(config, Path(config.model))
     folder = folder or data.find_model(config.model, trust)
-    check_disk(out, folder, config.keep_checkpoints)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     prompts = data.encode_prompts(problems + held_out, tokenizer, config.instruction, config.instruction_role,
                                   config.max_prompt)
@@ -315,6 +315,7 @@ def prepare(config: Config) -> Run:
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, auto if config.dtype == "auto" else config.dtype)
     model = rpo.load_policy(checkpoint / "policy" if checkpoint else folder, device, trust_remote_code=trust)
+    check_disk(out, model.num_parameters(), config.keep_checkpoints)
     window = getattr(model.config, "max_position_embeddings", None)
     if window and config.max_prompt + config.max_response > window:
         raise ValueError(f"--max-prompt {config.max_prompt} and --max-response {config.max_response}: "
@@ -378,17 +379,13 @@ def split_problems(config: Config, folder: Path) -> tuple[list[data.Problem], li
     if held_out:
         return problems, held_out[:config.eval_problems or None]
     count = min(config.eval_problems, len(problems) // 2)
-    order = np.random.default_rng((config.seed, 0, ORDER)).permutation(len(problems))
+    order = epoch_order(config.seed, 0, len(problems))
     return [problems[i] for i in sorted(order[count:])], [problems[i] for i in order[:count]]
 
 
-def check_disk(out: Path, folder: Path, keep: int) -> None:
+def check_disk(out: Path, parameters: int, keep: int) -> None:
     """A checkpoint is policy and Adam's two states in float32. Raises ValueError if those kept do not fit."""
-    weights = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            weights += sum(int(np.prod(tensors.get_slice(key).get_shape())) for key in tensors.keys())
-    size = 12 * weights + 2**22  # and the cache, the logs
+    size = 12 * parameters + 2**22  # and the cache, the logs
     need = (keep + 1) * size  # an old one goes when the new one is whole
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free + sum(
@@ -405,7 +402,12 @@ def check_disk(out: Path, folder: Path, keep: int) -> None:
 def problem_at(run: Run, position: int) -> data.Problem:
     """The problems in a new random order every epoch."""
     epoch, place = divmod(position, len(run.problems))
-    return run.problems[run.rng(epoch, ORDER).permutation(len(run.problems))[place]]
+    return run.problems[epoch_order(run.config.seed, epoch, len(run.problems))[place]]
+
+
+@functools.lru_cache(2)  # asked for problem by problem
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, ORDER)).permutation(count)
 
 
 def fill_cache(run: Run, visits_left: int) -> None:
@@ -570,12 +572,10 @@ def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.o
     run.model.eval()
     metrics = {"policy/skipped_updates": skipped, "policy/lr": scheduler.get_last_lr()[0]}
     if tokens := sums["tokens"]:
-        metrics |= {"policy/entropy": sums["entropy"] / tokens,
-                    "policy/clip_fraction": sums["clipped"] / tokens,
-                    "policy/approx_kl": sums["approx_kl"] / tokens, "policy/kl_ref": sums["kl_ref"] / tokens,
-                    "policy/grad_norm": sums["norm"] / (len(shares) - skipped),
-                    "policy/sampling_gap_mean": sums["gap"] / tokens, "policy/sampling_gap_max": gap_max,
-                    "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
+        means = ("entropy", "clip_fraction", "approx_kl", "kl_ref", "sampling_gap_mean")
+        metrics |= {f"policy/{name}": sums[name] / tokens for name in means} | {
+            "policy/grad_norm": sums["norm"] / (len(shares) - skipped), "policy/sampling_gap_max": gap_max,
+            "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
     return metrics
 
 
@@ -600,17 +600,14 @@ def accumulate_gradient(run: Run, items: list[rpo.Item]) -> tuple[Counter, float
     denominator = rpo.update_denominator(items, c.aggregation)
     sums, gap_max = Counter(), 0.0
     for part in rpo.micro_batches(items, run.progress.tokens_per_forward):
-        batch = rpo.pack(part, run.device)
-        with run.autocast():
-            logprobs, entropy = logprobs_of(run, run.model, batch)
-            loss, stats = rpo.policy_loss(logprobs, batch, denominator,
-                                          **{k: getattr(c, k) for k in OBJECTIVE})
+        batch, logprobs, entropy = forward(run, run.model, part)
+        loss, stats = rpo.policy_loss(logprobs, batch, denominator, **{k: getattr(c, k) for k in OBJECTIVE})
         loss.backward()
         old = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         gap = (old - batch.sampled_logprobs)[batch.mask].abs()
         gap_max = max(gap_max, gap.max().item())
         sums.update(stats)
-        sums.update(tokens=len(gap), entropy=entropy.sum().item(), gap=gap.sum().item(),
+        sums.update(tokens=len(gap), entropy=entropy.sum().item(), sampling_gap_mean=gap.sum().item(),
                     forwarded=batch.input_ids.numel())
     return sums, gap_max
 
@@ -623,10 +620,7 @@ def with_logprobs(run: Run, items: list[rpo.Item], **models: PreTrainedModel) ->
     def pieces() -> list[rpo.Item]:
         done = []
         for part in rpo.micro_batches(items, run.progress.tokens_per_forward):
-            batch = rpo.pack(part, run.device)
-            with run.autocast():
-                logprobs, _ = logprobs_of(run, model, batch)
-            rows = iter(logprobs.tolist())
+            rows = iter(forward(run, model, part)[1].tolist())
             for item in part:
                 own = [next(rows)[:len(suffix)] for suffix in item.suffixes]
                 done.append(dataclasses.replace(item, **{name: own}))
@@ -651,8 +645,11 @@ def smaller_if_out_of_memory(run: Run, size: str, work: Callable, *args: object)
     return work(*args)
 
 
-def logprobs_of(run: Run, model: PreTrainedModel, batch: rpo.Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return rpo.shared_logprobs(model, batch, run.config.temperature, len(run.tokenizer))
+def forward(run: Run, model: PreTrainedModel,
+            items: list[rpo.Item]) -> tuple[rpo.Batch, torch.Tensor, torch.Tensor]:
+    batch = rpo.pack(items, run.device)
+    with run.autocast():
+        return batch, *rpo.shared_logprobs(model, batch, run.config.temperature, len(run.tokenizer))
 
 
 # -------------------------------------------------------------------------------------------------- log
@@ -724,8 +721,6 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
                     scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
     """A new folder that gets its name when whole; if that fails, the one before stays and it is said."""
     new, final = run.out / "checkpoint.tmp", run.out / f"checkpoint-{run.progress.step:06d}"
-    run.progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS
-                              if (run.out / name).exists()}
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
@@ -784,13 +779,14 @@ def restore(run: Run) -> None:
 def evaluate_policy(run: Run, step: int) -> dict[str, float]:
     with run.autocast():
         prompts = [run.prompts[p.id] for p in run.held_out]
+        start = time.perf_counter()
         result = evaluate(run.model, run.tokenizer, run.held_out, prompts, run.checker,
                           run.config.max_response, run.progress.memory, run.eos)
-    tqdm.write(f"step {step}: pass@1 {result.accuracy:.3f} on {result.problems} held-out problems (greedy, "
-               f"full path; mean response {result.length_mean:.0f} tokens, "
-               f"{result.finished_fraction:.0%} finished; {result.seconds:.0f} s)")
-    return {"eval/accuracy": result.accuracy, "eval/length": result.length_mean,
-            "eval/finished_fraction": result.finished_fraction, "time/eval_s": result.seconds}
+    result["time/eval_s"] = time.perf_counter() - start
+    tqdm.write(f"step {step}: pass@1 {result['eval/accuracy']:.3f} on {len(run.held_out)} held-out problems "
+               f"(greedy, full path; mean response {result['eval/length']:.0f} tokens, "
+               f"{result['eval/finished_fraction']:.0%} finished; {result['time/eval_s']:.0f} s)")
+    return result
 
 
 # ------------------------------------------------------------------------------------------------- loop
@@ -819,7 +815,7 @@ def train(run: Run) -> dict[str, float] | None:
         if (run.out / name).exists():
             os.truncate(run.out / name, progress.log_bytes.get(name, 0))
     start = time.perf_counter() - progress.seconds
-    if run.checkpoint:
+    if progress.step:
         finish_step(run, start)
     elif c.eval_every:
         evaluation = evaluate_policy(run, 0)
@@ -828,12 +824,16 @@ def train(run: Run) -> dict[str, float] | None:
     bar = tqdm(range(progress.step + 1, c.steps + 1), desc=f"{c.algo} {c.rollout}", unit="step",
                initial=progress.step, total=c.steps)
     for step in bar:
+        before = dataclasses.replace(progress, skipped_in_a_row=0)
         try:
             progress.metrics = train_step(run, step, optimizer, scheduler)
         except Diverged:
+            run.progress = before
             save_checkpoint(run, optimizer, scheduler)
             raise
         progress.step, progress.seconds = step, time.perf_counter() - start
+        progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS
+                              if (run.out / name).exists()}
         bar.set_postfix_str(
             "reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix {response/suffix_length:.0f} "
             "{tokens/per_s:.0f} tok/s".format(**progress.metrics))
@@ -843,11 +843,9 @@ def train(run: Run) -> dict[str, float] | None:
             return None
         finish_step(run, start)
     seconds = time.perf_counter() - start
-    return {"accuracy_before": progress.accuracy_before, "accuracy_after": progress.accuracy_after,
-            "steps": c.steps, "tokens_generated": progress.tokens_generated,
-            "tokens_full_path": progress.tokens_full_path, "seconds": seconds,
-            "seconds_without_evaluation": seconds - progress.eval_seconds,
-            "short_steps": progress.short_steps}
+    counted = ("accuracy_before", "accuracy_after", "tokens_generated", "tokens_full_path", "short_steps")
+    return {name: getattr(progress, name) for name in counted} | {
+        "steps": c.steps, "seconds": seconds, "seconds_without_evaluation": seconds - progress.eval_seconds}
 
 
 def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer,
