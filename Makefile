@@ -1,9 +1,10 @@
 # make train [ARGS="--algo grpo"]   environment, then the main job on the embedded default
 # make test                         the test suite          make test-slow   the slow ones too
+# make reproduce                    full paths, RPO, the paper's rule, ablations: hours; -quick: a quarter of one
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
 
-.PHONY: train test test-slow
+.PHONY: train test test-slow reproduce reproduce-quick
 
 train: .venv/ready
 	$(RUN) train.py @presets/tiny.args $(ARGS)
@@ -13,6 +14,12 @@ test: .venv/ready-test
 
 test-slow: .venv/ready-test
 	$(RUN) -m pytest -q test_rpo.py $(ARGS)
+
+reproduce: .venv/ready
+	$(RUN) benchmarks/reproduce.py $(ARGS)
+
+reproduce-quick: .venv/ready
+	$(RUN) benchmarks/reproduce.py --quick $(ARGS)
 
 # made anew where requirements.txt changed
 .venv/ready: requirements.txt

@@ -23,6 +23,7 @@ class Entry:
     step: int  # when the path was written; 0: by the initialisation
     visits: int = 0  # groups of the problem so far
     limit: float = 0.0  # L of this problem where it is adaptive; 0: not set yet
+    dead_end: int = 0  # no suffix of this many tokens of the wrong path was right; 0: none known
 
 
 def parse_max_cut(text: str) -> int | float | str:
@@ -58,17 +59,49 @@ def _number(text: str) -> int | float:
     return value if math.isfinite(value) else 0
 
 
-def cut(entry: Entry, max_cut: int | float | str, rng: np.random.Generator) -> list[int]:
-    """The kept prefix: `entry` without its last m ~ Uniform{1..L} tokens (eq. 3 and 4). [RPO-1]
+def longest_cut(entry: Entry, max_cut: int | float | str, stretch: float = 1.0) -> int:
+    """L of eq. 3 and 4: max_cut tokens, that fraction of entry.shortest, or the entry's own limit.
 
-    L = max_cut tokens, that fraction of entry.shortest, or the entry's own limit; at least 1 and at most the
-    whole path. The paper's {0..L} has one value without anything to sample in it, so ours starts at 1.
+    Times `stretch`; at least 1 and at most the whole path.
     """
     limit = max_cut if isinstance(max_cut, int) else entry.limit if max_cut == "adaptive" else \
         max_cut * entry.shortest
-    limit = min(max(int(limit), 1), len(entry.response_ids))
-    drop = int(rng.integers(1, limit + 1))
-    return entry.response_ids[:len(entry.response_ids) - drop]
+    return int(min(max(limit * stretch, 1), len(entry.response_ids)))
+
+
+def stretch_of(tail: float, rng: np.random.Generator) -> float:
+    """How much longer L is in this step: above x with chance x ** -tail (Pareto); 0: never longer. [RPO-9]
+
+    So a token r from the end can be cut with chance (L / r) ** tail: the early part of paths stays trained.
+    Drawn for a whole step, whose rollout takes as long as its longest suffix: most steps stay short.
+    """
+    return (1 - rng.random()) ** (-1 / tail) if tail else 1.0
+
+
+def turns(entry: Entry, logprobs: Sequence[float]) -> np.ndarray:
+    """(L,): the policy's chance 1 - p of another token in each of the last L places. [RPO-10]
+
+    0 where it would come too late, behind the prefix of a wrong path that has led nowhere. logprobs: of the
+    path's last L tokens under the policy.
+    """
+    places = len(entry.response_ids) - len(logprobs) + np.arange(len(logprobs))
+    return np.where((places >= entry.dead_end) & (entry.dead_end > 0), 0, -np.expm1(logprobs))
+
+
+def is_certain(turns: np.ndarray, rng: np.random.Generator) -> bool:
+    """True with the policy's chance of taking none of these turns: the visit is skipped. [RPO-11]"""
+    return rng.random() < np.prod(1 - turns)
+
+
+def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """The kept prefix: the path without its last m tokens, m from 1 to L (eq. 3). [RPO-1]
+
+    weights (L,): of m = L, L - 1, ..., 1; if they are all alike, m ~ Uniform{1..L}. The paper's {0..L} has
+    one value without anything to sample in it.
+    """
+    weights = weights + 1e-9  # all are 0 where a visit that is certain is not skipped
+    kept = int(rng.choice(len(weights), p=weights / weights.sum()))
+    return entry.response_ids[:len(entry.response_ids) - len(weights) + kept]
 
 
 def suffix_budget(cut: int, max_suffix: int | float | None, room: int) -> int:
@@ -106,15 +139,18 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
 
 
 def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], accuracy: Sequence[float],
-           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool) -> Entry:
-    """The entry after a group of its problem. keep_correct: a correct path gives way to correct ones only."""
+           kept: int, step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool) -> Entry:
+    """The entry after a group of its problem. keep_correct: a correct path gives way to correct ones only.
+
+    kept: tokens of the path that the responses begin with.
+    """
     entry = replace(entry, visits=entry.visits + 1, shortest=min(map(len, responses)))
     allowed = [i for i, a in enumerate(accuracy) if a > 0 or not (keep_correct and entry.correct)]
     if not allowed:
         return entry
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
     return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=accuracy[pick] > 0,
-                   step=step)
+                   step=step, dead_end=0 if entry.correct or any(accuracy) else kept)
 
 
 def fingerprint(value: object) -> str:

@@ -22,6 +22,8 @@ from rpo import Packed, Span, hidden_states, is_shared, merge_attention, partial
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
+PACKED_FROM = 2**18  # elements: with fewer, a call with packed weights costs more than it saves
+
 
 @dataclass
 class Request:
@@ -341,9 +343,9 @@ def packed_weights(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """On a CPU in float32: linear layers with a copy of their weights laid out for oneDNN, in here only.
 
     That is up to twice as fast for the few rows of a decode step. For fewer than 16 tokens a row the copying
-    does not pay.
+    does not pay, nor for small matrices.
     """
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear]
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= PACKED_FROM]
     if model.device.type != "cpu" or model.dtype != torch.float32 or tokens < 16 or \
             not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         layers = []

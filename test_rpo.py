@@ -1,9 +1,11 @@
 """Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +93,7 @@ def greedy_by_generate(model, context: list[int], budget: int, eos: tuple[int, .
 @pytest.mark.parametrize("fused", [("cpu",), ()])  # the second one is what other devices run
 def test_greedy_equals_generate_for_ragged_prefixes(kind, memory, fused, monkeypatch):
     monkeypatch.setattr(rpo, "FUSED", fused)
+    monkeypatch.setattr(rollout, "PACKED_FROM", 0)  # the weights of this small model, too
     contexts = token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2])
     budgets = [12, 5, 20, 1, 9, 14, 7, 3]
     model = random_model(kind, vocab_size=VOCAB)
@@ -516,13 +519,58 @@ def entry(tokens: int, shortest: int) -> cache.Entry:
 def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     rng = np.random.default_rng(0)
     draws = 400 * limit
-    kept = [cache.cut(entry(tokens, shortest), max_cut, rng) for _ in range(draws)]
+    path = entry(tokens, shortest)
+    kept = [cache.cut(path, np.ones(cache.longest_cut(path, max_cut)), rng) for _ in range(draws)]
     assert all(k == list(range(len(k))) for k in kept)
     counts = Counter(tokens - len(k) for k in kept)
     assert set(counts) == set(range(1, limit + 1))
     chi_square = sum((n - 400) ** 2 / 400 for n in counts.values())
     freedom = limit - 1
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_the_stretch_of_a_step_is_pareto_distributed():
+    rng, draws = np.random.default_rng(0), 10_000
+    for tail in (1.0, 2.0):
+        values = np.array([cache.stretch_of(tail, rng) for _ in range(draws)])
+        assert values.min() >= 1
+        for x in (1.5, 3.0, 9.0):
+            share = x ** -tail
+            assert abs((values > x).sum() - draws * share) < 3 * math.sqrt(draws * share * (1 - share))
+    assert cache.stretch_of(0, rng) == 1
+    path = entry(50, 30)
+    assert [cache.longest_cut(path, m, 2.5) for m in (4, 0.2, 30, "adaptive")] == [10, 15, 50, 19]
+
+
+def test_an_informed_cut_follows_the_chance_of_another_token():
+    rng, draws, path = np.random.default_rng(0), 10_000, entry(8, 8)
+    logprobs = np.log1p(-np.array([0.0, 0.3, 0.0, 0.1, 0.6])).tolist()
+    turns = cache.turns(path, logprobs)
+    assert turns.tolist() == pytest.approx([0.0, 0.3, 0.0, 0.1, 0.6])
+    counts = Counter(len(cache.cut(path, turns, rng)) for _ in range(draws))
+    for kept, share in {3: 0.0, 4: 0.3, 5: 0.0, 6: 0.1, 7: 0.6}.items():
+        assert abs(counts.pop(kept, 0) - draws * share) <= 3 * math.sqrt(draws * share * (1 - share))
+    assert not counts
+    assert {len(cache.cut(path, np.zeros(3), rng)) for _ in range(99)} == {5, 6, 7}  # all certain: anywhere
+    for dead_end, left in ((6, [0.0, 0.3, 0, 0, 0]), (4, [0.0, 0, 0, 0, 0]), (7, [0.0, 0.3, 0.0, 0.1, 0])):
+        turns = cache.turns(dataclasses.replace(path, dead_end=dead_end), logprobs)
+        assert turns.tolist() == pytest.approx(left)  # six tokens led nowhere: no use in seven
+
+
+def test_a_visit_is_skipped_with_the_chance_of_repeating_the_path():
+    rng, draws = np.random.default_rng(1), 10_000
+    for turns, chance in (([0.2], 0.8), ([0.5, 0.0, 0.2], 0.4), ([0.9, 0.5, 0.0, 0.2], 0.04)):
+        count = sum(cache.is_certain(np.array(turns), rng) for _ in range(draws))
+        assert abs(count - draws * chance) < 3 * math.sqrt(draws * chance * (1 - chance))
+
+
+@pytest.mark.parametrize("old, accuracy, keep, dead_end", [
+    (False, [0, 0], True, 5), (False, [0, 1], True, 0), (True, [0, 0], False, 0), (True, [0, 0], True, 0)])
+def test_a_prefix_of_a_wrong_path_without_a_right_suffix_is_a_dead_end(old, accuracy, keep, dead_end):
+    before = cache.Entry([9] * 8, 0.0, old, 8, 0)
+    after = cache.update(before, [[9] * 5 + [1], [9] * 5 + [2]], accuracy, accuracy, 5, 1,
+                         np.random.default_rng(0), 1.0, keep)
+    assert after.dead_end == dead_end
 
 
 def test_cache_update_is_epsilon_greedy_and_reaches_every_other_response():
@@ -571,7 +619,7 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, accuracy, allo
     responses = [[0] * 7, [1] * 6, [2] * 8]
     seen = set()
     for seed in range(60):
-        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 8, np.random.default_rng(seed),
+        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 0, 8, np.random.default_rng(seed),
                              0.5, keep)
         pick = None if after.response_ids == [9, 9] else after.response_ids[0]
         seen.add(pick)
@@ -588,7 +636,7 @@ def test_the_adaptive_cut_converges_to_half_of_the_suffixes_succeeding(start):
     path = cache.Entry(list(range(1000)), 1.0, True, 1000, 0, limit=start)
     rates, limits = [], []
     for _ in range(600):
-        m = 1000 - len(cache.cut(path, "adaptive", rng))
+        m = 1000 - len(cache.cut(path, np.ones(cache.longest_cut(path, "adaptive")), rng))
         rates.append(float((rng.random(8) < math.exp(-m / 100)).mean()))
         path = cache.steer(path, rates[-1], 2, 0, 0.5)
         limits.append(path.limit)
@@ -610,15 +658,16 @@ def test_the_adaptive_limit_starts_between_its_bounds_and_stays_there():
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 2, 6.5), "b": cache.Entry([], 0.0, False, 1, 0)}
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 2, 6.5, 3),
+               "b": cache.Entry([], 0.0, False, 1, 0)}
     cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("crc") for line in lines)
     assert lines == [{"tokenizer": "words"},
         {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
-         "visits": 2, "limit": 6.5},
+         "visits": 2, "limit": 6.5, "dead_end": 3},
         {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
-         "visits": 0, "limit": 0.0}]
+         "visits": 0, "limit": 0.0, "dead_end": 0}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
@@ -1090,8 +1139,10 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert json.loads((finished / "config.json").read_text())["group_size"] == 4
 
 
-def test_token_counts_agree_with_the_responses(finished):
-    metrics = lines_of(finished / "metrics.jsonl")[1:]
+def test_token_counts_agree_with_the_responses(tmp_path):
+    finished = tmp_path / "run"
+    assert train.main([*QUICK, "--out", str(finished), "--eval-every", "0", "--no-skip-certain"]) == 0
+    metrics = lines_of(finished / "metrics.jsonl")
     summary = json.loads((finished / "summary.json").read_text())
     rows = [m["group/sampled"] * 4 for m in metrics]
     suffix = sum(n * m["response/suffix_length"] for n, m in zip(rows, metrics))
@@ -1105,6 +1156,72 @@ def test_token_counts_agree_with_the_responses(finished):
     cached = lines_of(finished / "cache.jsonl")[1:]
     assert len(cached) == entries
     assert any(record["step"] > 0 for record in cached)
+
+
+def test_the_learning_rate_by_hand(finished, tmp_path, capsys):
+    config = train.parse_config([*QUICK, "--steps", "10", "--warmup-steps", "4", "--lr", "0.1"])
+    assert [train.lr_of(config, step) for step in (1, 3, 4, 10)] == pytest.approx([0.025, 0.075, 0.1, 0.1])
+    config = dataclasses.replace(config, lr_schedule="linear")
+    assert [train.lr_of(config, step) for step in (1, 3, 4, 10)] == pytest.approx([0.025, 0.06, 0.07, 0.01])
+    # a warm-up of 3 steps to 1e-3
+    assert [m["policy/lr"] for m in lines_of(finished / "metrics.jsonl")[1:]] == pytest.approx(
+        [1e-3 / 3, 2e-3 / 3, 1e-3])
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    stored = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(stored | {"lr_schedule": "linear"}))
+    assert train.main(["--resume", str(out), "--steps", "4"]) == 2
+    assert "--steps" in capsys.readouterr().err  # every learning rate depends on it
+
+
+@pytest.fixture
+def resumed(finished, tmp_path) -> train.Run:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out, symlinks=True)
+    run = train.prepare(train.parse_config(["--resume", str(out), "--steps", "4"]))
+    run.lock.close()
+    return run
+
+
+def test_the_logprobs_of_the_cached_paths_are_those_of_a_plain_forward(resumed):
+    run, ids = resumed, sorted(resumed.entries)[:5]
+    run.config = dataclasses.replace(run.config, temperature=0.8)
+    run.progress.tokens_per_forward = 1000  # two or three a forward
+    limits = [20, 100, 7, 150, len(run.entries[ids[4]].response_ids)]
+    logprobs = train.path_logprobs(run, dict(zip(ids, limits)))
+    for name, limit in zip(ids, limits, strict=True):
+        prompt, path = run.prompts[name], run.entries[name].response_ids
+        logits = plain_logits(run.model, prompt + path)[len(prompt) - 1:-1, :len(run.tokenizer)] / 0.8
+        plain = logits.float().log_softmax(-1)[range(len(path)), path]
+        assert logprobs[name] == pytest.approx(plain.tolist()[-limit:], abs=1e-4)
+        assert min(plain) < -0.1
+
+
+def test_certain_problems_are_skipped_but_not_all_of_a_step(resumed, monkeypatch):
+    run, ids, config = resumed, list(resumed.entries), resumed.config
+    run.problems = [p for p in run.problems if p.id in run.entries]
+    run.entries = {name: dataclasses.replace(e, dead_end=0) for name, e in run.entries.items()}
+    logprobs = {}
+    for number, (name, path) in enumerate(run.entries.items()):
+        logprobs[name] = [0.0] * len(path.response_ids)
+        logprobs[name][-90 - 60 * (number % 2 == 0)] = -99.0  # within L for the odd ones, else before it
+    monkeypatch.setattr(train, "path_logprobs", lambda run, limits: {
+        name: logprobs[name][-limit:] for name, limit in limits.items()})
+
+    def groups(**options) -> list[rollout.Group]:
+        run.config = dataclasses.replace(config, **{"max_cut": "100", "cut_tail": 0} | options)
+        run.progress.position = 0
+        return train.next_groups(run, 4, len(ids))
+
+    before = run.progress.tokens_full_path
+    chosen = groups()
+    assert {g.problem.id for g in chosen} == set(ids[1::2]) and {g.cut for g in chosen} == {90}
+    skipped = sum(len(run.entries[name].response_ids) for name in ids[::2])
+    assert run.progress.tokens_full_path - before == 4 * skipped
+    assert {g.cut for g in groups(skip_certain=False)} > {90} and len(groups(skip_certain=False)) == len(ids)
+    assert len({g.cut for g in groups(cut_position="uniform")}) > 1
+    assert len(groups(max_cut="80")) == 1  # all are certain, but a step is never empty
+    assert {g.cut for g in groups(cut_tail=1e-3)} == {90, 150}  # L many times as long
 
 
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
@@ -1152,7 +1269,8 @@ def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_pat
         return real(model, batch, *rest)
 
     out = tmp_path / "out"
-    options = [*QUICK, "--steps", "1", "--eval-every", "0", "--tokens-per-forward", "500"]
+    options = [*QUICK, "--steps", "1", "--eval-every", "0", "--tokens-per-forward", "500",
+               "--max-cut", "1.0"]
     assert train.main([*options, "--out", str(out / "plenty")]) == 0
     monkeypatch.setattr(rpo, "shared_logprobs", scarce)
     assert train.main([*options, "--out", str(out / "scarce")]) == 0
@@ -1248,7 +1366,7 @@ def test_full_visits_and_the_suffix_budget_in_the_loop(tmp_path):
 
 
 def test_the_adaptive_cut_in_the_loop_follows_the_accuracy(tmp_path, monkeypatch):
-    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64",
+    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64", "--no-skip-certain",
                "--dynamic-rounds", "1", "--steps", "2",
                "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
     for right, factor in ((True, math.exp(0.5)), (False, math.exp(-0.5))):

@@ -68,16 +68,21 @@ class Config:
     steps: int = option(300, "rounds of rollout and update")
     problems_per_step: int = option(64, "groups per step (B)")
     group_size: int = option(8, "suffixes per problem (G)")
-    max_cut: str = option("300", "longest cut L: tokens (300), a fraction of the shortest response of the "
+    max_cut: str = option("150", "longest cut L: tokens (150), a fraction of the shortest response of the "
                                  "problem's last group (0.5), or adaptive: half of the suffixes succeed")
+    cut_tail: float = option(2.0, "L of a step is --max-cut times x or more with chance x ** -tail; 0: never")
+    cut_position: str = option("uncertain", "where within L: anywhere alike, or in proportion to the "
+                                            "chance of another token there", ("uniform", "uncertain"))
+    skip_certain: bool = option(True, "pass over a problem with the policy's chance of repeating its path's "
+                                       "last L tokens, not counting those behind a prefix that led nowhere")
     adaptive_low: int = option(8, "smallest L of --max-cut adaptive, tokens")
     adaptive_high: int = option(0, "largest L of --max-cut adaptive, tokens; 0: the whole path")
     adaptive_gain: float = option(1.0, "log L moves by gain * (share of right suffixes - 1/2) a visit")
     max_suffix: str = option("", "longest suffix: tokens (400), a multiple of the cut (1.5); empty: up to "
                                  "--max-response")
     full_every: int = option(0, "every so many visits of a problem sample full paths; 0: never")
-    epsilon: float = option(0.5, "probability that a group's best response is cached, else another one is")
-    cache_keep_correct: bool = option(False, "never replace a correct cached path by a wrong one")
+    epsilon: float = option(1.0, "probability that a group's best response is cached, else another one is")
+    cache_keep_correct: bool = option(True, "never replace a correct cached path by a wrong one")
     cache_init: str = option("policy", "first paths: sampled, or the worked solutions of the data set",
                              ("policy", "solutions"))
     cache_init_chunk: int = option(512, "problems whose first path is sampled at once, ahead of their first "
@@ -112,7 +117,9 @@ class Config:
     updates_per_rollout: int = option(1, "optimiser updates per step, each on its share of the groups")
     # the optimiser
     lr: float = option(1e-6, "learning rate of AdamW")
-    warmup_steps: int = option(10, "updates of linear warm-up")
+    warmup_steps: int = option(10, "steps of linear warm-up")
+    lr_schedule: str = option("constant", "after the warm-up; linear: down to 0 at the last step",
+                              ("constant", "linear"))
     weight_decay: float = option(0.1, "of the matrices")
     grad_clip: float = option(1.0, "largest gradient norm")
     # the machine
@@ -139,7 +146,7 @@ FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "tensorboard", 
         "resume_override")
 ROLLOUTS = {"rpo": {"length_reward": 0.01}, "full": {"length_reward": 0.0}}
 # randomness is a function of (seed, step, purpose, problem), so that nothing depends on what was drawn before
-ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
+ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -346,8 +353,9 @@ def check_folder(out: Path, config: Config) -> object:
         return None
     lock = lock_folder(out)
     stored = stored_config(out, "--out")
+    free = FREE if config.lr_schedule == "constant" else set(FREE) - {"steps"}
     changed = [flag_of(name) for name, value in vars(config).items()
-               if name not in FREE and stored.get(name) != value]
+               if name not in free and stored.get(name) != value]
     if changed and not config.resume_override:
         raise ValueError(f"--out {out}: holds another run, which differs in {', '.join(changed)}; give a new "
                          "folder to start anew, or the same values (--resume takes them over), or "
@@ -495,7 +503,7 @@ def collect(run: Run, step: int) -> tuple[list[rollout.Group], list[rollout.Grou
     sampled: list[rollout.Group] = []
     kept: list[rollout.Group] = []
     for _ in range(c.dynamic_rounds):
-        planned = [next_group(run, step) for _ in range(c.problems_per_step - len(kept))]
+        planned = next_groups(run, step, c.problems_per_step - len(kept))
         groups = sample_groups(run, planned, c.group_size, (step, SAMPLE), "rollout")
         sampled += groups
         kept += [g for g in groups if len(set(g.accuracy if c.dynamic_rounds > 1 else g.rewards)) > 1]
@@ -504,32 +512,62 @@ def collect(run: Run, step: int) -> tuple[list[rollout.Group], list[rollout.Grou
     return sampled, kept
 
 
-def next_group(run: Run, step: int) -> rollout.Group:
-    """The next problem, with a prefix of its cached path unless full paths are due."""
-    c, problem = run.config, problem_at(run, run.progress.position)
-    # position, not only the step: dynamic sampling can meet a problem twice in a step
-    rng = run.rng(step, CUT, run.progress.position)
-    prefix, cut = [], 0
-    if c.rollout == "rpo":
-        if problem.id not in run.entries:
-            fill_cache(run, (c.steps - step + 1) * c.problems_per_step)
-        entry = run.entries[problem.id]
-        if not cache.is_full_visit(entry, c.full_every):
-            prefix = cache.cut(entry, cache.parse_max_cut(c.max_cut), rng)
-            cut = len(entry.response_ids) - len(prefix)
-    run.progress.position += 1
-    return plan(run, problem, prefix, cut)
+def next_groups(run: Run, step: int, count: int) -> list[rollout.Group]:
+    """The next `count` problems, each with a prefix of its cached path unless full paths are due.
+
+    Those that are skipped are left out, but for the last one where all are.
+    """
+    c, first = run.config, run.progress.position
+    problems = [problem_at(run, position) for position in range(first, first + count)]
+    while c.rollout == "rpo" and any(p.id not in run.entries for p in problems):
+        fill_cache(run, (c.steps - step + 1) * c.problems_per_step)
+    run.progress.position += count
+    if c.rollout == "full":
+        return [plan(run, problem) for problem in problems]
+    stretch, planned = cache.stretch_of(c.cut_tail, run.rng(step, STRETCH)), []
+    limits = {p.id: cache.longest_cut(run.entries[p.id], cache.parse_max_cut(c.max_cut), stretch)
+              for p in problems}
+    informed = c.skip_certain or c.cut_position == "uncertain"
+    logprobs = path_logprobs(run, limits) if informed else {}
+    for position, problem in enumerate(problems, first):
+        # position, not only the step: dynamic sampling can meet a problem twice in a step
+        rng, entry = run.rng(step, CUT, position), run.entries[problem.id]
+        last = position == first + count - 1 and not planned
+        if cache.is_full_visit(entry, c.full_every):
+            planned.append(plan(run, problem))
+            continue
+        anywhere = np.ones(limits[problem.id])
+        turns = cache.turns(entry, logprobs[problem.id]) if informed else anywhere
+        if c.skip_certain and cache.is_certain(turns, rng) and not last:
+            run.progress.tokens_full_path += c.group_size * len(entry.response_ids)
+            run.entries[problem.id] = steered(c, entry, 1.0)  # further back next time
+            continue
+        prefix = cache.cut(entry, turns if c.cut_position == "uncertain" else anywhere, rng)
+        planned.append(plan(run, problem, prefix, len(entry.response_ids) - len(prefix)))
+    return planned
+
+
+def path_logprobs(run: Run, limits: dict[str, int]) -> dict[str, list[float]]:
+    """Of so many last tokens of cached paths, under the policy as it is: one forward, nothing is sampled."""
+    items = {}
+    for name, limit in limits.items():
+        path = run.prompts[name] + run.entries[name].response_ids
+        items[name] = rpo.Item(path[:-limit], [path[-limit:]], [0.0], [[0.0] * limit])
+    scored = with_logprobs(run, list(items.values()), old_logprobs=run.model)
+    by_path = {(tuple(item.context), tuple(item.suffixes[0])): item.old_logprobs[0] for item in scored}
+    return {name: by_path[tuple(item.context), tuple(item.suffixes[0])] for name, item in items.items()}
 
 
 def update_cache(run: Run, groups: list[rollout.Group], step: int) -> None:
     """Every visited problem, those without a gradient too."""
     c = run.config
     for index, group in enumerate(groups):
-        entry = cache.update(run.entries[group.problem.id], group.responses, group.rewards, group.accuracy,
-                             step, run.rng(step, UPDATE, index), c.epsilon, c.cache_keep_correct)
-        # a full path says nothing about the cut
-        run.entries[group.problem.id] = (steered(c, entry, float(np.mean(group.accuracy)))
-                                         if group.cut else entry)
+        entry = run.entries[group.problem.id]
+        if group.cut:  # a full path says nothing about the cut
+            entry = steered(c, entry, float(np.mean(group.accuracy)))
+        run.entries[group.problem.id] = cache.update(
+            entry, group.responses, group.rewards, group.accuracy, len(group.prefix_ids), step,
+            run.rng(step, UPDATE, index), c.epsilon, c.cache_keep_correct)
 
 
 # ----------------------------------------------------------------------------------------------- update
@@ -544,7 +582,7 @@ def make_items(groups: list[rollout.Group], advantage: str) -> list[rpo.Item]:
                      budget=g.budget) for g in groups]
 
 
-def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
+def update_policy(run: Run, optimizer: torch.optim.Optimizer,
                   groups: list[rollout.Group]) -> dict[str, float]:
     """`updates_per_rollout` optimiser updates, each on its share of the groups; metrics of them together."""
     c = run.config
@@ -563,14 +601,13 @@ def update_policy(run: Run, optimizer: torch.optim.Optimizer, scheduler: torch.o
             sums.update(stats, norm=norm)
             gap_max = max(gap_max, gap)
             optimizer.step()
-            scheduler.step()
             run.progress.skipped_in_a_row = 0
         else:
             skipped += 1
             skip_update(run, share, norm)
         optimizer.zero_grad()
     run.model.eval()
-    metrics = {"policy/skipped_updates": skipped, "policy/lr": scheduler.get_last_lr()[0]}
+    metrics: dict[str, float] = {"policy/skipped_updates": skipped}
     if tokens := sums["tokens"]:
         means = ("entropy", "clip_fraction", "approx_kl", "kl_ref", "sampling_gap_mean")
         metrics |= {f"policy/{name}": sums[name] / tokens for name in means} | {
@@ -717,8 +754,7 @@ def find_board() -> type:
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
-def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
-                    scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """A new folder that gets its name when whole; if that fails, the one before stays and it is said."""
     new, final = run.out / "checkpoint.tmp", run.out / f"checkpoint-{run.progress.step:06d}"
     try:
@@ -726,8 +762,7 @@ def save_checkpoint(run: Run, optimizer: torch.optim.Optimizer,
         new.mkdir()
         run.model.save_pretrained(new / "policy")  # hub format, float32
         run.tokenizer.save_pretrained(new / "policy")
-        torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
-                   new / "optimizer.pt")
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
         cache.save(run.entries, new / "cache.jsonl", cache.fingerprint(run.tokenizer.get_vocab()))
         state = {"progress": dataclasses.asdict(run.progress),
                  "problems": cache.fingerprint(sorted(run.prompts)), "config": dataclasses.asdict(run.config),
@@ -792,25 +827,28 @@ def evaluate_policy(run: Run, step: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- loop
 
 
-def make_optimizer(run: Run) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def make_optimizer(run: Run) -> torch.optim.Optimizer:
     c = run.config
     matrices = [p for p in run.model.parameters() if p.ndim >= 2]
     others = [p for p in run.model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
                                    {"params": others, "weight_decay": 0.0}], lr=c.lr)
-    warmup = max(1, c.warmup_steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / warmup))
     if run.checkpoint:
         states = torch.load(run.checkpoint / "optimizer.pt", map_location=run.device, weights_only=True)
-        optimizer.load_state_dict(states["optimizer"])
-        scheduler.load_state_dict(states["scheduler"])
-    return optimizer, scheduler
+        optimizer.load_state_dict(states)
+    return optimizer
+
+
+def lr_of(c: Config, step: int) -> float:
+    """Learning rate of a step, from 1 to c.steps."""
+    rate = c.lr * min(1.0, step / max(1, c.warmup_steps))
+    return rate * (1 - (step - 1) / c.steps) if c.lr_schedule == "linear" else rate
 
 
 def train(run: Run) -> dict[str, float] | None:
     """The loop: suffix rollout <-> policy-gradient update. Returns the summary, None if a signal ended it."""
     c, progress = run.config, run.progress
-    optimizer, scheduler = make_optimizer(run)
+    optimizer = make_optimizer(run)
     for name in LOGS:  # lines from after the checkpoint come again
         if (run.out / name).exists():
             os.truncate(run.out / name, progress.log_bytes.get(name, 0))
@@ -826,10 +864,10 @@ def train(run: Run) -> dict[str, float] | None:
     for step in bar:
         before = dataclasses.replace(progress, skipped_in_a_row=0)
         try:
-            progress.metrics = train_step(run, step, optimizer, scheduler)
+            progress.metrics = train_step(run, step, optimizer)
         except Diverged:
             run.progress = before
-            save_checkpoint(run, optimizer, scheduler)
+            save_checkpoint(run, optimizer)
             raise
         progress.step, progress.seconds = step, time.perf_counter() - start
         progress.log_bytes = {name: os.path.getsize(run.out / name) for name in LOGS
@@ -838,7 +876,7 @@ def train(run: Run) -> dict[str, float] | None:
             "reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix {response/suffix_length:.0f} "
             "{tokens/per_s:.0f} tok/s".format(**progress.metrics))
         if c.save_every and step % c.save_every == 0 or step == c.steps or run.stop:
-            save_checkpoint(run, optimizer, scheduler)  # before the evaluation: its failure must not lose it
+            save_checkpoint(run, optimizer)  # before the evaluation: its failure must not lose it
         if run.stop:
             return None
         finish_step(run, start)
@@ -848,8 +886,7 @@ def train(run: Run) -> dict[str, float] | None:
         "steps": c.steps, "seconds": seconds, "seconds_without_evaluation": seconds - progress.eval_seconds}
 
 
-def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer,
-               scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, float]:
+def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Rollout, update, cache update; the metrics of the step."""
     c, progress = run.config, run.progress
     before, tokens_before = time.perf_counter(), progress.tokens_generated
@@ -858,8 +895,10 @@ def train_step(run: Run, step: int, optimizer: torch.optim.Optimizer,
     rollout_seconds = time.perf_counter() - before
     metrics = {"step": step, **rollout_metrics(sampled, kept)}
     before = time.perf_counter()
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = metrics["policy/lr"] = lr_of(c, step)
     if kept:
-        metrics |= update_policy(run, optimizer, scheduler, kept)
+        metrics |= update_policy(run, optimizer, kept)
     metrics["time/update_s"] = time.perf_counter() - before
     if c.rollout == "rpo":
         update_cache(run, sampled, step)

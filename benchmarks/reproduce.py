@@ -1,0 +1,196 @@
+"""The paper's headline in one run, and ablations: full paths, RPO by the paper's rule and by our default.
+
+    python benchmarks/reproduce.py             # everything; the headline rows come first
+    python benchmarks/reproduce.py --quick     # the headline rows, one seed, 80 steps
+    python benchmarks/reproduce.py --table     # only write docs/ and README.md from the runs there are
+
+All runs are `train.py` on the problems in tiny/ with the same steps, group size, problems per step and
+learning rate. A run is a folder in --folder; one that is finished is not done again, one that was killed goes
+on. Each has one core, so that its seconds do not depend on what runs beside it.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = "@presets/tiny.args --eval-every 20 --save-every 100"
+PAPER = "--cut-position uniform --cut-tail 0 --no-skip-certain --no-cache-keep-correct --epsilon 0.5"
+RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
+    "full paths": "--rollout full",
+    "RPO": "",
+    "paper, L = 32": f"{PAPER} --max-cut 32",
+    "paper, L = 0.5": f"{PAPER} --max-cut 0.5",
+}
+ABLATIONS = {
+    **{f"L = {cut}, alpha = {alpha}": f"--max-cut {cut} --length-reward {alpha}"
+       for cut in (0.1, 0.2, 0.4, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.2, 0)},
+    "L adaptive": "--max-cut adaptive", "epsilon = 0": "--epsilon 0", "epsilon = 0.5": "--epsilon 0.5",
+    "G = 4": "--group-size 4", "G = 16": "--group-size 16",
+    "cut anywhere alike": "--cut-position uniform", "nothing skipped": "--no-skip-certain",
+    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
+    "any path kept": "--no-cache-keep-correct",
+    "every 8th visit a full path": "--full-every 8", "worked solutions first": "--cache-init solutions",
+    "KL 0.02": "--kl-coef 0.02", "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
+}
+HEADLINE = {f"dapo, {rule}": f"--algo dapo {options}" for rule, options in RULES.items()}
+OTHER = {f"{algo}, {rule}{shaped}": f"--algo {algo} {options}{' --length-reward 0.01' if shaped else ''}"
+         for algo in ("dapo", "grpo") for shaped in ("", ", length reward") for rule, options in RULES.items()
+         if algo == "grpo" or shaped}
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % by number of seeds
+
+
+def plan() -> list[tuple[str, str, int]]:
+    """(row, options, seed), the most wanted first."""
+    return ([(row, options, seed) for seed in range(5) for row, options in HEADLINE.items()]
+            + [(row, options, seed) for seed in range(3) for row, options in OTHER.items()]
+            + [(f"RPO, {row}", options, seed) for seed in range(3) for row, options in ABLATIONS.items()])
+
+
+def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict:
+    """One run of train.py, unless it is there; its record."""
+    out = folder / f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{seed}"
+    command = [sys.executable, "train.py", *shlex.split(COMMON), *shlex.split(options), "--seed", str(seed),
+               "--steps", str(steps), "--out", str(out)]
+    if not (out / "summary.json").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                                text=True, check=True).stdout.strip()
+        with open(folder / f"{out.name}.log", "w") as log:
+            subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+        (out / "commit").write_text(commit)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    points, evaluation = [], 0.0
+    for m in metrics[1:]:
+        if "eval/accuracy" in m:
+            evaluation += m["time/eval_s"]
+            points.append((m["step"], m["tokens/generated"], m["time/total_s"] - metrics[0]["time/eval_s"]
+                           - evaluation, m["eval/accuracy"]))
+    points.insert(0, (0, 0, 0.0, metrics[0]["eval/accuracy"]))
+    record = dict(zip(("steps", "tokens", "seconds", "accuracy"), zip(*points)))
+    return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
+            "commit": (out / "commit").read_text(), **record}
+
+
+def mean_of(runs: list[dict], value: Callable[[dict], float], form: str) -> str:
+    values = [value(r) for r in runs]
+    spread = f" ± {format(np.std(values, ddof=1), form)}" if len(values) > 1 else ""
+    return format(np.mean(values), form) + spread
+
+
+def difference(runs: list[dict], others: list[dict]) -> str:
+    """Final pass@1 in points, paired by seed, with a 95 % interval (Student)."""
+    final = {r["seed"]: r["accuracy"][-1] for r in others}
+    gaps = [100 * (r["accuracy"][-1] - final[r["seed"]]) for r in runs if r["seed"] in final]
+    if len(gaps) < 2:
+        return f"{gaps[0]:+.1f}" if gaps else ""
+    half = STUDENT[len(gaps)] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    return f"{np.mean(gaps):+.1f} ({np.mean(gaps) - half:+.1f} to {np.mean(gaps) + half:+.1f})"
+
+
+def reaches(runs: list[dict], target: float) -> str:
+    """Steps, tokens and seconds until the mean over the seeds is at least `target` for the first time."""
+    accuracy = np.mean([r["accuracy"] for r in runs], axis=0)
+    if (accuracy < target).all():
+        return "not reached"
+    at = int((accuracy >= target).argmax())
+    tokens, seconds = (np.mean([r[key][at] for r in runs]) for key in ("tokens", "seconds"))
+    return f"{runs[0]['steps'][at]}; {tokens / 1000:,.0f} k; {seconds:.0f} s"
+
+
+def table(records: list[dict], rows: list[str]) -> str:
+    """Markdown; every row against the full paths of its kind."""
+    head = ["row", "seeds", "pass@1 at the end", "less full paths', points", "tokens generated",
+            "of full paths'", "training seconds", "of full paths'",
+            "steps; tokens; seconds to full paths' end less a point"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    by_row = {row: [r for r in records if r["row"] == row] for row in {r["row"] for r in records}}
+    for row in rows:
+        runs, base = by_row.get(row), by_row.get(baseline(row))
+        if not runs or not base:
+            continue
+        share = [np.mean([r[key][-1] for r in runs]) / np.mean([r[key][-1] for r in base])
+                 for key in ("tokens", "seconds")]
+        target = np.mean([r["accuracy"][-1] for r in base]) - 0.01
+        cells = [row, str(len(runs)), mean_of(runs, lambda r: r["accuracy"][-1], ".3f"),
+                 difference(runs, base) if runs is not base else "",
+                 mean_of(runs, lambda r: r["tokens"][-1], ",.0f"), f"{share[0]:.1%}",
+                 mean_of(runs, lambda r: r["seconds"][-1], ",.0f"), f"{share[1]:.1%}", reaches(runs, target)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def baseline(row: str) -> str:
+    """Full paths with the same objective and reward, or with DAPO and without the length reward."""
+    shaped = ", length reward" if "length reward" in row else ""
+    return f"{'grpo' if row.startswith('grpo') else 'dapo'}, full paths{shaped}"
+
+
+def write(records: list[dict], args: argparse.Namespace) -> None:
+    """docs/reproduction.json, .md (not of a quick run) and README.md's table, from the same records."""
+    docs = ROOT / "docs"
+    commits = ", ".join(sorted({r["commit"] for r in records}))
+    command = "python benchmarks/reproduce.py" + " --quick" * args.quick
+    note = (f"Written by `{command}` (commit {commits}; {platform.machine()}, {args.jobs} runs at a time with "
+            f"one core each): {records[0]['steps'][-1]} steps of 16 problems and 8 responses; mean and "
+            "standard deviation over seeds, differences paired by seed with a 95 % interval. Cache "
+            "initialisation is included, evaluation is not.")
+    headline = table(records, list(HEADLINE))
+    readme = ROOT / "README.md"
+    marked = f"<!-- results -->\n{headline}\n\n{note}\n<!-- /results -->"
+    readme.write_text(re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: marked, readme.read_text(),
+                             flags=re.S))
+    if args.quick:
+        return
+    (docs / "reproduction.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    (docs / "reproduction.md").write_text(
+        f"# Full paths, RPO by the paper's rule and by our default\n\n{note}\n\nAll: `{COMMON}`\n\n"
+        f"{headline}\n\n## GRPO, and with the length-aware reward\n\n{table(records, list(OTHER))}\n\n"
+        f"## Ablations of RPO\n\nThe paper's rule is `{PAPER}`; the others differ from our default (dapo, "
+        "RPO) in what their names say.\n\n"
+        f"{table(records, ['dapo, RPO', *(f'RPO, {row}' for row in ABLATIONS)])}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="headline rows, seed 0, 80 steps")
+    parser.add_argument("--write", action="store_true", help="with --quick: the table in README.md")
+    parser.add_argument("--table", action="store_true", help="no run; from the finished ones")
+    parser.add_argument("--rows", default="", help="only rows whose name holds this")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "reproduce")
+    args = parser.parse_args()
+    steps = 80 if args.quick else 200
+    folder = args.folder.absolute() / ("quick" if args.quick else "")
+    todo = [run for run in plan() if args.rows in run[0]]
+    if args.quick:
+        todo = [run for run in todo if run[0] in HEADLINE and run[2] == 0]
+    if args.table:
+        todo = [(row, options, seed) for row, options, seed in todo if (
+            folder / f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{seed}" / "summary.json").exists()]
+    records: list[dict] = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for record in pool.map(lambda run: execute(*run, steps, folder), todo):
+            records.append(record)
+            print(f"{record['row']}, seed {record['seed']}: pass@1 {record['accuracy'][-1]:.3f}, "
+                  f"{record['tokens'][-1]:,} tokens, {record['seconds'][-1]:.0f} s", flush=True)
+            if not args.rows and args.write >= args.quick:
+                write(records, args)
+    print(table(records, [*HEADLINE, *OTHER, *(f"RPO, {row}" for row in ABLATIONS)]))
+
+
+if __name__ == "__main__":
+    main()
