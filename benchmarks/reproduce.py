@@ -80,6 +80,10 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
                            - evaluation, m["eval/accuracy"]))
     points.insert(0, (0, 0, 0.0, metrics[0]["eval/accuracy"]))
     record = dict(zip(("steps", "tokens", "seconds", "accuracy"), zip(*points)))
+    # of all steps, for the cost model
+    record |= {name: sum(m.get(name, 0) for m in metrics) for name in (
+        "time/rollout_s", "time/update_s", "tokens/trained", "tokens/forwarded", "group/sampled")}
+    record["tokens/prefix"] = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
     return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
             "commit": (out / "commit").read_text(), **record}
 
