@@ -1166,6 +1166,10 @@ def test_the_learning_rate_by_hand(finished, tmp_path, capsys):
     # a warm-up of 3 steps to 1e-3
     assert [m["policy/lr"] for m in lines_of(finished / "metrics.jsonl")[1:]] == pytest.approx(
         [1e-3 / 3, 2e-3 / 3, 1e-3])
+    endless = run_with(tmp_path / "endless", "--warmup-steps", str(10**30))  # the optimiser takes it: no step
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "endless" / "policy").parameters()
+    assert all(map(torch.equal, AutoModelForCausalLM.from_pretrained(TINY).parameters(), after))
+    assert any(m["group/trained"] for m in endless)
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
     stored = json.loads((out / "config.json").read_text())
@@ -1371,8 +1375,12 @@ def test_the_adaptive_cut_in_the_loop_follows_the_accuracy(tmp_path, monkeypatch
                "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
     for right, factor in ((True, math.exp(0.5)), (False, math.exp(-0.5))):
         monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [right] * len(pairs))
-        limits = [m["cache/limit"] for m in run_with(tmp_path / str(right), *options)]
-        assert limits == pytest.approx([16 * factor, 16 * factor**2])  # from sqrt(4 * 64)
+        steps = run_with(tmp_path / str(right), *options)
+        # from sqrt(4 * 64)
+        assert [m["cache/limit"] for m in steps] == pytest.approx([16 * factor, 16 * factor**2])
+        entries = lines_of(tmp_path / str(right) / "cache.jsonl")[1:]
+        dead_end = np.mean([e["dead_end"] for e in entries])  # no suffix of these prefixes was right
+        assert dead_end == pytest.approx(0 if right else steps[-1]["response/prefix_length"])
     limits = [m["cache/limit"] for m in run_with(tmp_path / "full", *options, "--full-every", "2")]
     assert limits == pytest.approx([16 * factor] * 2)  # a full path says nothing about the cut
 

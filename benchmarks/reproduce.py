@@ -116,7 +116,7 @@ def reaches(runs: list[dict], target: float) -> str:
 
 def table(records: list[dict], rows: list[str]) -> str:
     """Markdown; every row against the full paths of its kind."""
-    head = ["row", "seeds", "pass@1 at the end", "less full paths', points", "tokens generated",
+    head = ["row", "seeds", "pass@1 at the end", "points against full paths", "tokens generated",
             "of full paths'", "training seconds", "of full paths'",
             "steps; tokens; seconds to full paths' end less a point"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
