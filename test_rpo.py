@@ -1226,6 +1226,15 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step(resumed, monkeypatch
     assert len({g.cut for g in groups(cut_position="uniform")}) > 1
     assert len(groups(max_cut="80")) == 1  # all are certain, but a step is never empty
     assert {g.cut for g in groups(cut_tail=1e-3)} == {90, 150}  # L many times as long
+    run.entries = {name: dataclasses.replace(e, limit=80.0) for name, e in run.entries.items()}
+    (sampled,) = groups(max_cut="adaptive")  # the others' limits grow, as if all suffixes had been right
+    grown = [e.limit for name, e in run.entries.items() if name != sampled.problem.id]
+    assert grown == pytest.approx([80 * math.exp(0.5)] * len(grown))
+    draws = []
+    monkeypatch.setattr(cache, "stretch_of", lambda tail, rng: draws.append(rng.random()) or 1.0)
+    for step in (4, 5, 4):
+        train.next_groups(run, step, 2)
+    assert draws[0] == draws[2] != draws[1]  # one draw a step, the same after a resume
 
 
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
@@ -1358,6 +1367,12 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys, monkeypatch):
     bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
     message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
     assert "--cache-init" in message and not (tmp_path / "no").exists()
+
+
+def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
+    (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1",
+                          "--cache-init-chunk", "2")
+    assert metrics["cache/entries"] == 3  # two, and what was still missing of the step
 
 
 def test_full_visits_and_the_suffix_budget_in_the_loop(tmp_path):
