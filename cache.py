@@ -75,7 +75,7 @@ def stretch_of(tail: float, rng: np.random.Generator) -> float:
     So a token r from the end can be cut with chance (L / r) ** tail: the early part of paths stays trained.
     Drawn for a whole step, whose rollout takes as long as its longest suffix: most steps stay short.
     """
-    return (1 - rng.random()) ** (-1 / tail) if tail else 1.0
+    return 1 + rng.pareto(tail) if tail else 1.0
 
 
 def turns(entry: Entry, logprobs: Sequence[float]) -> np.ndarray:

@@ -193,7 +193,8 @@ def _steepest(rates: dict[float, dict[str, float]], ids: Iterable[str], sign: in
             for a, b in sorted(gaps)}
 
 
-def draw_segments(table: list[dict], samples: int, out: Path) -> None:
+def draw_segments(table: list[dict], samples: int, path: Path) -> None:
+    """path.png and path.svg, if matplotlib is there."""
     try:
         import matplotlib
         matplotlib.use("svg")
@@ -216,7 +217,7 @@ def draw_segments(table: list[dict], samples: int, out: Path) -> None:
     axes.grid(alpha=0.3)
     figure.tight_layout()
     for ending in ("png", "svg"):
-        figure.savefig(out / f"segments.{ending}", dpi=150)
+        figure.savefig(f"{path}.{ending}", dpi=150)
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -419,8 +420,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
     print_results(results, bool(args.segments))
     if args.segments:
-        for r in results.values():
-            draw_segments(r["table"], args.samples, out)
+        for name, r in results.items():
+            draw_segments(r["table"], args.samples, out / f"segments-{name}")
     print(f"protocol, figures and responses: {out}")
     return 0
 

@@ -540,6 +540,7 @@ def test_the_stretch_of_a_step_is_pareto_distributed():
     assert cache.stretch_of(0, rng) == 1
     path = entry(50, 30)
     assert [cache.longest_cut(path, m, 2.5) for m in (4, 0.2, 30, "adaptive")] == [10, 15, 50, 19]
+    assert {cache.longest_cut(path, 4, cache.stretch_of(1e-6, rng)) for _ in range(20)} == {50}  # no overflow
 
 
 def test_an_informed_cut_follows_the_chance_of_another_token():

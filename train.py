@@ -536,13 +536,12 @@ def next_groups(run: Run, step: int, count: int) -> list[rollout.Group]:
         if cache.is_full_visit(entry, c.full_every):
             planned.append(plan(run, problem))
             continue
-        anywhere = np.ones(limits[problem.id])
-        turns = cache.turns(entry, logprobs[problem.id]) if informed else anywhere
-        if c.skip_certain and cache.is_certain(turns, rng) and not last:
+        weights = cache.turns(entry, logprobs[problem.id]) if informed else np.ones(limits[problem.id])
+        if c.skip_certain and cache.is_certain(weights, rng) and not last:
             run.progress.tokens_full_path += c.group_size * len(entry.response_ids)
             run.entries[problem.id] = steered(c, entry, 1.0)  # further back next time
             continue
-        prefix = cache.cut(entry, turns if c.cut_position == "uncertain" else anywhere, rng)
+        prefix = cache.cut(entry, np.ones_like(weights) if c.cut_position == "uniform" else weights, rng)
         planned.append(plan(run, problem, prefix, len(entry.response_ids) - len(prefix)))
     return planned
 

@@ -58,9 +58,13 @@ def plan() -> list[tuple[str, str, int]]:
             + [(f"RPO, {row}", options, seed) for seed in range(3) for row, options in ABLATIONS.items()])
 
 
+def folder_of(row: str, seed: int, folder: Path) -> Path:
+    return folder / f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{seed}"
+
+
 def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict:
     """One run of train.py, unless it is there; its record."""
-    out = folder / f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{seed}"
+    out = folder_of(row, seed, folder)
     command = [sys.executable, "train.py", *shlex.split(COMMON), *shlex.split(options), "--seed", str(seed),
                "--steps", str(steps), "--out", str(out)]
     if not (out / "summary.json").exists():
@@ -183,8 +187,7 @@ def main() -> None:
     if args.quick:
         todo = [run for run in todo if run[0] in HEADLINE and run[2] == 0]
     if args.table:
-        todo = [(row, options, seed) for row, options, seed in todo if (
-            folder / f"{re.sub('[^a-z0-9.]+', '-', row.lower())}-{seed}" / "summary.json").exists()]
+        todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "summary.json").exists()]
     records: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for record in pool.map(lambda run: execute(*run, steps, folder), todo):
