@@ -118,8 +118,8 @@ class Config:
     # the optimiser
     lr: float = option(1e-6, "learning rate of AdamW")
     warmup_steps: int = option(10, "steps of linear warm-up")
-    lr_schedule: str = option("constant", "after the warm-up; linear: down to 0 at the last step",
-                              ("constant", "linear"))
+    lr_decay_steps: float = option(0.0, "steps after which the learning rate is halved, after twice as many "
+                                        "it is a third, and so on (inverse time); 0: constant")
     weight_decay: float = option(0.1, "of the matrices")
     grad_clip: float = option(1.0, "largest gradient norm")
     # the machine
@@ -353,9 +353,8 @@ def check_folder(out: Path, config: Config) -> object:
         return None
     lock = lock_folder(out)
     stored = stored_config(out, "--out")
-    free = FREE if config.lr_schedule == "constant" else set(FREE) - {"steps"}
     changed = [flag_of(name) for name, value in vars(config).items()
-               if name not in free and stored.get(name) != value]
+               if name not in FREE and stored.get(name) != value]
     if changed and not config.resume_override:
         raise ValueError(f"--out {out}: holds another run, which differs in {', '.join(changed)}; give a new "
                          "folder to start anew, or the same values (--resume takes them over), or "
@@ -839,9 +838,9 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 
 def lr_of(c: Config, step: int) -> float:
-    """Learning rate of a step, from 1 to c.steps."""
+    """Learning rate of a step, from 1; not of the number of steps, so that a run can be made longer."""
     rate = c.lr * min(1.0, step / max(1, c.warmup_steps))
-    return rate * (1 - (step - 1) / c.steps) if c.lr_schedule == "linear" else rate
+    return rate / (1 + step / c.lr_decay_steps) if c.lr_decay_steps else rate
 
 
 def train(run: Run) -> dict[str, float] | None:

@@ -1,9 +1,10 @@
 """Curves of runs from their metrics.jsonl: pass@1 and reward against steps, generated tokens and seconds.
 
     pip install matplotlib && python benchmarks/plot.py RUN [RUN ...] [--out FOLDER]
+    python benchmarks/plot.py docs/reproduction.json --rows dapo --out docs --name reproduction
 
 Runs whose options differ only in the seed are one curve: their mean, with a band of one standard deviation.
-Writes curves.png and curves.svg.
+Of the records of reproduce.py those are drawn whose row begins with --rows. Writes NAME.png and NAME.svg.
 """
 from __future__ import annotations
 
@@ -30,6 +31,28 @@ def load(folder: Path) -> tuple[dict, list[dict]]:
             [dict.fromkeys(AXES, 0) | row for row in rows])
 
 
+def load_runs(folders: list[Path]) -> dict[str, list[list[dict]]]:
+    """Metrics of the runs of each curve, by its name."""
+    groups: dict[str, tuple[dict, list[list[dict]]]] = {}
+    for folder in folders:
+        config, rows = load(folder)
+        groups.setdefault(json.dumps(config, sort_keys=True), (config, []))[1].append(rows)
+    names = labels([config for config, _ in groups.values()])
+    return dict(zip(names, [runs for _, runs in groups.values()]))
+
+
+def load_records(file: Path, rows: str) -> dict[str, list[list[dict]]]:
+    """Likewise from the file that reproduce.py writes."""
+    keys = {"steps": "step", "tokens": "tokens/generated", "seconds": "time/total_s",
+            "accuracy": "eval/accuracy"}
+    groups: dict[str, list[list[dict]]] = {}
+    for record in json.loads(file.read_text()):
+        if record["row"].startswith(rows) and "length reward" not in record["row"]:
+            points = zip(*(record[key] for key in keys))
+            groups.setdefault(record["row"], []).append([dict(zip(keys.values(), p)) for p in points])
+    return groups
+
+
 def labels(configs: list[dict]) -> list[str]:
     """Each curve by the options in which they differ."""
     differ = [k for k in configs[0] if len({json.dumps(c.get(k)) for c in configs}) > 1]
@@ -51,6 +74,8 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, default=Path("."))
+    parser.add_argument("--name", default="curves")
+    parser.add_argument("--rows", default="", help="of a file of records: rows that begin with this")
     args = parser.parse_args()
     try:
         import matplotlib
@@ -58,31 +83,33 @@ def main() -> None:
         from matplotlib import pyplot
     except ImportError:
         sys.exit("plot.py: error: the figures need matplotlib: pip install matplotlib")
-    groups: dict[str, tuple[dict, list[list[dict]]]] = {}
-    for folder in args.runs:
-        config, rows = load(folder)
-        groups.setdefault(json.dumps(config, sort_keys=True), (config, []))[1].append(rows)
-    names = labels([config for config, _ in groups.values()])
-    figure, grid = pyplot.subplots(len(METRICS), len(AXES), figsize=(11, 6), sharey="row", squeeze=False)
-    for row, (metric, title) in zip(grid, METRICS.items()):
+    recorded = args.runs[0].suffix == ".json"
+    groups = load_records(args.runs[0], args.rows) if recorded else load_runs(args.runs)
+    metrics = dict(list(METRICS.items())[:1 if recorded else 2])
+    height = 1 + 2.5 * len(metrics)
+    figure, grid = pyplot.subplots(len(metrics), len(AXES), figsize=(11, height), sharey="row", squeeze=False)
+    for row, (metric, title) in zip(grid, metrics.items()):
         for axes, (axis, unit) in zip(row, AXES.items()):
-            for name, (_, runs) in zip(names, groups.values()):
-                x, mean, deviation = curve(runs, axis, metric)
+            for name, runs in groups.items():
+                first = recorded and axis != "step"  # on a logarithmic axis 0 has no place
+                x, mean, deviation = (values[first:] for values in curve(runs, axis, metric))
                 label = name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
                 axes.plot(x, mean, marker="." if len(x) < 30 else "", label=label)
                 axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.2)
             axes.set_xlabel(unit)
             axes.grid(alpha=0.3)
-            if axis == "tokens/generated":
+            if recorded and axis != "step":
+                axes.set_xscale("log")
+            elif axis == "tokens/generated":
                 axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         row[0].set_ylabel(title)
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=2, frameon=False,
                   fontsize="small")
-    figure.tight_layout(rect=(0, 0.04 + 0.03 * ((len(names) + 1) // 2), 1, 1))
+    figure.tight_layout(rect=(0, 0.2 * (1 + (len(groups) + 1) // 2) / height, 1, 1))
     args.out.mkdir(parents=True, exist_ok=True)
     for ending in ("png", "svg"):
-        figure.savefig(args.out / f"curves.{ending}", dpi=150)
-    print(f"{args.out}/curves.png, {args.out}/curves.svg: " + "; ".join(names))
+        figure.savefig(args.out / f"{args.name}.{ending}", dpi=150)
+    print(f"{args.out / args.name}.png, .svg: " + "; ".join(groups))
 
 
 if __name__ == "__main__":
