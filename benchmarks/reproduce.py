@@ -26,7 +26,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "@presets/tiny.args --eval-every 20 --save-every 100"
-PAPER = "--cut-position uniform --cut-tail 0 --no-skip-certain --no-cache-keep-correct --epsilon 0.5"
+PAPER = "--cut-position uniform --cut-tail 0 --cut-decay-steps 0 --no-skip-certain --no-cache-keep-correct " \
+        "--epsilon 0.5"
 RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
     "full paths": "--rollout full",
     "RPO": "",
@@ -35,11 +36,11 @@ RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
 }
 ABLATIONS = {
     **{f"L = {cut}, alpha = {alpha}": f"--max-cut {cut} --length-reward {alpha}"
-       for cut in (0.1, 0.2, 0.4, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.2, 0)},
+       for cut in (0.15, 0.3, 0.6, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.3, 0)},
     "L adaptive": "--max-cut adaptive", "epsilon = 0": "--epsilon 0", "epsilon = 0.5": "--epsilon 0.5",
     "G = 4": "--group-size 4", "G = 16": "--group-size 16",
     "cut anywhere alike": "--cut-position uniform", "nothing skipped": "--no-skip-certain",
-    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
+    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1", "L constant": "--cut-decay-steps 0",
     "any path kept": "--no-cache-keep-correct",
     "every 8th visit a full path": "--full-every 8", "worked solutions first": "--cache-init solutions",
     "KL 0.02": "--kl-coef 0.02", "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
@@ -146,15 +147,30 @@ def baseline(row: str) -> str:
     return f"{'grpo' if row.startswith('grpo') else 'dapo'}, full paths{shaped}"
 
 
+def against_trl(records: list[dict]) -> str:
+    """One sentence from the steps of TRL's trainer that versus_trl.py --tiny timed, where it did."""
+    file = ROOT / "docs" / "trl_tiny.json"
+    if not file.exists():
+        return ""
+    trl = json.loads(file.read_text())
+    seconds = {row: np.mean(own) for row in ("dapo, RPO", "dapo, full paths")
+               if (own := [r["seconds"][-1] for r in records if r["row"] == row])}
+    whole = trl["seconds_per_step"] * records[0]["steps"][-1]
+    return (f"GRPOTrainer of TRL {trl['trl']} takes {trl['seconds_per_step']:.1f} s for a step of full paths "
+            f"on the same problems (one core, mean of {trl['steps']} steps, `benchmarks/versus_trl.py "
+            f"--tiny`), which makes {whole:,.0f} s for as many steps: "
+            + ", ".join(f"{row[6:]} {value / whole:.1%} of it" for row, value in seconds.items()) + ".")
+
+
 def write(records: list[dict], args: argparse.Namespace) -> None:
     """docs/reproduction.json, .md (not of a quick run) and README.md's table, from the same records."""
     docs = ROOT / "docs"
     commits = ", ".join(sorted({r["commit"] for r in records}))
     command = "python benchmarks/reproduce.py" + " --quick" * args.quick
-    note = (f"Written by `{command}` (commit {commits}; {platform.machine()}, {args.jobs} runs at a time with "
-            f"one core each): {records[0]['steps'][-1]} steps of 16 problems and 8 responses; mean and "
-            "standard deviation over seeds, differences paired by seed with a 95 % interval. Cache "
-            "initialisation is included, evaluation is not.")
+    note = (f"Written by `{command}` (commit {commits}; {platform.machine()}, one core a run): "
+            f"{records[0]['steps'][-1]} steps of 16 problems and 8 responses; mean and standard deviation over "
+            "seeds, differences paired by seed with a 95 % interval. Cache initialisation is included, "
+            "evaluation is not.")
     headline = table(records, list(HEADLINE))
     readme = ROOT / "README.md"
     marked = f"<!-- results -->\n{headline}\n\n{note}\n<!-- /results -->"
@@ -165,7 +181,8 @@ def write(records: list[dict], args: argparse.Namespace) -> None:
     (docs / "reproduction.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
     (docs / "reproduction.md").write_text(
         f"# Full paths, RPO by the paper's rule and by our default\n\n{note}\n\nAll: `{COMMON}`\n\n"
-        f"{headline}\n\n## GRPO, and with the length-aware reward\n\n{table(records, list(OTHER))}\n\n"
+        f"{headline}\n\n{against_trl(records)}\n\n![curves](reproduction.svg)\n\n"
+        f"## GRPO, and with the length-aware reward\n\n{table(records, list(OTHER))}\n\n"
         f"## Ablations of RPO\n\nThe paper's rule is `{PAPER}`; the others differ from our default (dapo, "
         "RPO) in what their names say.\n\n"
         f"{table(records, ['dapo, RPO', *(f'RPO, {row}' for row in ABLATIONS)])}\n")
