@@ -3,7 +3,7 @@
 Both answers become syntax trees (plain tuples) by an own tokenizer and parser; nothing a model wrote is ever
 run as code. Trees are compared from cheap to dear: text, structure, exact fractions with the symbols at fixed
 random points; only what is no fraction is computed with 60 and with 120 digits, step by step. Everything is
-bounded before it is computed. The choices where graders differ are a table in the README.
+bounded before it is computed. The choices where graders differ: docs/answers.md.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step costs as a function of its tokens: fitted to our runs, checked on the paper's, and what follows.
+"""What a step costs as a function of its tokens: fitted to our runs, checked on the paper's.
 
     python benchmarks/cost_model.py     # docs/cost_model.md, from docs/reproduction.json
 """
@@ -39,16 +39,14 @@ def forwarded(prefix: float, suffix: float, group: int) -> float:
 def ours() -> list[str]:
     """The runs of reproduce.py against the model."""
     records = json.loads((ROOT / "docs" / "reproduction.json").read_text())
-    # a path is read once more where its log-probs say where to cut and what to skip
-    reads = [1 if "full" in r["row"] else 2 if "paper" not in r["row"] else 1 for r in records]
-    rollout = np.array([[r["tokens"][-1], n * r["tokens/prefix"]] for r, n in zip(records, reads)], dtype=float)
+    rollout = np.array([[r["tokens"][-1], r["tokens/read"]] for r in records], dtype=float)
     update = np.array([[r["tokens/forwarded"]] for r in records], dtype=float)
     seconds = {key: np.array([r[f"time/{key}_s"] for r in records]) for key in ("rollout", "update")}
     decode, prefill = fit(rollout, seconds["rollout"])
     (train,) = fit(update, seconds["update"])
-    lines = [f"Fitted (least relative squares over {len(records)} runs, one core each): {1e3 * decode:.3f} ms per "
-             f"generated token, {1e3 * prefill:.3f} ms per token of a prefix read, {1e3 * train:.3f} ms per token "
-             "through the update.", "",
+    lines = [f"Fitted (least relative squares over {len(records)} runs, one core each): {1e3 * decode:.3f} "
+             f"ms per generated token, {1e3 * prefill:.3f} ms per token of a path or prefix that is read, "
+             f"{1e3 * train:.3f} ms per token through the update.", "",
              "| row | runs | rollout s | model | update s | model |", "|---|---|---|---|---|---|"]
     for row in dict.fromkeys(r["row"] for r in records):
         at = [i for i, r in enumerate(records) if r["row"] == row]
@@ -60,8 +58,8 @@ def ours() -> list[str]:
 
 def papers() -> list[str]:
     """Two unknowns from two rows of each model; then the same with the prefix shared in the update."""
-    lines = ["| model | seconds per generated token | seconds of the update per response | full h | L = 800 h, paper "
-             "| L = 800 h, shared prefix | L = 300 h, shared prefix |", "|---" * 7 + "|"]
+    lines = ["| model | seconds per generated token | seconds of the update per response | full h | "
+             "L = 800 h, paper | L = 800 h, shared prefix | L = 300 h, shared prefix |", "|---" * 7 + "|"]
     for name, rows in PAPER.items():
         (long, hours), (short, hours_short) = rows["full"], rows["L = 800"]
         slope = (hours - hours_short) * 3600 / SAMPLES / (long - short)
@@ -71,14 +69,14 @@ def papers() -> list[str]:
         for suffix in (short, rows["L = 300"][0]):
             share = forwarded(PROMPT + long - suffix, suffix, GROUP) / (PROMPT + long)
             predicted.append(SAMPLES * (token * suffix + constant * share) / 3600)
-        lines.append(f"| {name} | {token:.2e} | {constant:.3f} | {hours} | {hours_short} | {predicted[0]:.1f} "
-                     f"({1 - predicted[0] / hours:.0%} less) | {predicted[1]:.1f} ({1 - predicted[1] / hours:.0%} less) |")
+        less = " | ".join(f"{p:.1f} ({1 - p / hours:.0%} less)" for p in predicted)
+        lines.append(f"| {name} | {token:.2e} | {constant:.3f} | {hours} | {hours_short} | {less} |")
     return lines
 
 
 def limits() -> list[str]:
     """FLOPs and bytes per response: what the same work takes at least on one H100 (989 TFLOP/s, 3.35 TB/s)."""
-    lines = ["| model | way | training, TFLOP | of it with the prefix shared | decoding, GB read at 64 rows | "
+    lines = ["| model | way | training, TFLOP | with the prefix shared | decoding, GB read at 64 rows | "
              "seconds at least (shared) |", "|---" * 6 + "|"]
     for name, rows in PAPER.items():
         n, whole = rows["parameters"], PROMPT + rows["full"][0]
@@ -94,18 +92,19 @@ def limits() -> list[str]:
 
 def main() -> None:
     text = "\n".join([
-        "# What a step costs", "", "Written by `python benchmarks/cost_model.py`. Seconds = a * tokens generated + "
-        "b * tokens of prefixes read + c * tokens through the update's forward and backward; with a shared prefix "
-        "these are P + G*S per group, else G*(P + S).", "", "## Our runs", "",
+        "# What a step costs", "", "Written by `python benchmarks/cost_model.py`. Seconds = a * tokens "
+        "generated + b * tokens of paths and prefixes read + c * tokens through the update's forward and "
+        "backward; with a shared prefix these are P + G*S per group, else G*(P + S).", "", "## Our runs", "",
         "The small policy of tiny/, runs of docs/reproduction.json.", "", *ours(), "",
         "## The paper's hours", "",
         f"Tables 2 and 3 of arXiv 2601.19404, {SAMPLES:,} responses of each. Assumed: hours are a * tokens "
-        "generated + an update whose cost depends on the length of whole responses only, the same for all cuts "
-        "(their code trains on the prefix, too). Two rows of each model give the two unknowns.", "", *papers(), "",
+        "generated + an update whose cost depends on the length of whole responses only, the same for all "
+        "cuts (their code trains on the prefix, too). Two rows of each model give the two unknowns.", "",
+        *papers(), "",
         "CLOSING", "", "## Limits of the machine", "",
-        "Per response; weights in bfloat16 read once per decoded token for 64 rows, 6 FLOPs per parameter and trained "
-        "token, attention and keys and values left out. The paper's hours are far above: a few percent of the "
-        "machine's rate, which this model cannot explain.", "", *limits(), ""])
+        "Per response; weights in bfloat16 read once per decoded token for 64 rows, 6 FLOPs per parameter "
+        "and trained token, attention and keys and values left out. The paper's hours are far above: a few "
+        "percent of the machine's rate, which this model cannot explain.", "", *limits(), ""])
     (ROOT / "docs" / "cost_model.md").write_text(text)
     print(text)
 

@@ -88,7 +88,11 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
     # of all steps, for the cost model
     record |= {name: sum(m.get(name, 0) for m in metrics) for name in (
         "time/rollout_s", "time/update_s", "tokens/trained", "tokens/forwarded", "group/sampled")}
-    record["tokens/prefix"] = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
+    config = json.loads((out / "config.json").read_text())
+    read = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
+    if config["rollout"] == "rpo" and (config["skip_certain"] or config["cut_position"] == "uncertain"):
+        read += metrics[-1]["tokens/full_path"] / config["group_size"]  # the paths of all visits, for log-probs
+    record["tokens/read"] = read
     return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
             "commit": (out / "commit").read_text(), **record}
 
