@@ -75,7 +75,7 @@ def papers() -> list[str]:
 
 
 def limits() -> list[str]:
-    """FLOPs and bytes per response: what the same work takes at least on one H100 (989 TFLOP/s, 3.35 TB/s)."""
+    """FLOPs and bytes per response: the same work at the limits of an H100 (989 TFLOP/s, 3.35 TB/s)."""
     lines = ["| model | way | training, TFLOP | with the prefix shared | decoding, GB read at 64 rows | "
              "seconds at least (shared) |", "|---" * 6 + "|"]
     for name, rows in PAPER.items():
