@@ -101,12 +101,13 @@ def main() -> None:
         "generated + an update whose cost depends on the length of whole responses only, the same for all "
         "cuts (their code trains on the prefix, too). Two rows of each model give the two unknowns.", "",
         *papers(), "",
-        "7B: the update is half of the hours of L = 800, because it runs over whole responses however short "
-        "the suffix is; with a shared prefix three tenths of it are left. 1.5B: the two rows would make the update "
-        "cost less than nothing, so full paths cost more per token than suffixes do (batches wait for their "
-        "longest response), which is not in the model; the update is set to 0 there, all hours go to the "
-        "tokens, and L = 800 comes out higher than the paper's. Not in it either: evaluation, moving weights from the "
-        "trainer to the sampler, and what skipping visits saves, which was measured on the small policy only.",
+        "7B: the update is half of the hours of L = 800, because it runs over whole responses however "
+        "short the suffix is; with a shared prefix three tenths of it are left. 1.5B: the two rows would "
+        "make the update cost less than nothing, so full paths cost more per token than suffixes do "
+        "(batches wait for their longest response), which is not in the model; the update is set to 0 "
+        "there, all hours go to the tokens, and L = 800 comes out higher than the paper's. Not in it "
+        "either: evaluation, moving weights from the trainer to the sampler, and what skipping visits "
+        "saves, which was measured on the small policy only.",
         "", "## Limits of the machine", "",
         "Per response; weights in bfloat16 read once per decoded token for 64 rows, 6 FLOPs per parameter "
         "and trained token, attention and keys and values left out. The paper's hours are far above: a few "
