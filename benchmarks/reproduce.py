@@ -68,7 +68,7 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
     out = folder_of(row, seed, folder)
     command = [sys.executable, "train.py", *shlex.split(COMMON), *shlex.split(options), "--seed", str(seed),
                "--steps", str(steps), "--out", str(out)]
-    if not (out / "summary.json").exists():
+    if not (out / "commit").exists():  # comes last
         out.mkdir(parents=True, exist_ok=True)
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
                                 text=True, check=True).stdout.strip()
@@ -208,7 +208,7 @@ def main() -> None:
     if args.quick:
         todo = [run for run in todo if run[0] in HEADLINE and run[2] == 0]
     if args.table:
-        todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "summary.json").exists()]
+        todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "commit").exists()]
     records: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for record in pool.map(lambda run: execute(*run, steps, folder), todo):
