@@ -71,7 +71,6 @@ class Config:
     max_cut: str = option("150", "longest cut L: tokens (150), a fraction of the shortest response of the "
                                  "problem's last group (0.5), or adaptive: half of the suffixes succeed")
     cut_tail: float = option(2.0, "L of a step is --max-cut times x or more with chance x ** -tail; 0: never")
-    cut_decay_steps: float = option(0.0, "likewise of L as --lr-decay-steps: tokens go where steps are large")
     cut_position: str = option("uncertain", "where within L: anywhere alike, or in proportion to the "
                                             "chance of another token there", ("uniform", "uncertain"))
     skip_certain: bool = option(True, "pass over a problem with the policy's chance of repeating its path's "
@@ -524,8 +523,7 @@ def next_groups(run: Run, step: int, count: int) -> list[rollout.Group]:
     run.progress.position += count
     if c.rollout == "full":
         return [plan(run, problem) for problem in problems]
-    stretch = cache.stretch_of(c.cut_tail, run.rng(step, STRETCH)) * decay(step, c.cut_decay_steps)
-    planned = []
+    stretch, planned = cache.stretch_of(c.cut_tail, run.rng(step, STRETCH)), []
     limits = {p.id: cache.longest_cut(run.entries[p.id], cache.parse_max_cut(c.max_cut), stretch)
               for p in problems}
     informed = c.skip_certain or c.cut_position == "uncertain"
@@ -841,12 +839,8 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 def lr_of(c: Config, step: int) -> float:
     """Learning rate of a step, from 1; not of the number of steps, so that a run can be made longer."""
-    return c.lr * min(1.0, step / max(1, c.warmup_steps)) * decay(step, c.lr_decay_steps)
-
-
-def decay(step: int, steps: float) -> float:
-    """Inverse time: 1/2 after so many steps, 1/3 after twice as many; always 1 where they are 0."""
-    return 1 / (1 + step / steps) if steps else 1.0
+    rate = c.lr * min(1.0, step / max(1, c.warmup_steps))
+    return rate / (1 + step / c.lr_decay_steps) if c.lr_decay_steps else rate
 
 
 def train(run: Run) -> dict[str, float] | None:

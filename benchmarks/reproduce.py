@@ -26,8 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = "@presets/tiny.args --eval-every 20 --save-every 100"
-PAPER = "--cut-position uniform --cut-tail 0 --cut-decay-steps 0 --no-skip-certain --no-cache-keep-correct " \
-        "--epsilon 0.5"
+PAPER = "--cut-position uniform --cut-tail 0 --no-skip-certain --no-cache-keep-correct --epsilon 0.5"
 RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
     "full paths": "--rollout full",
     "RPO": "",
@@ -36,11 +35,11 @@ RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
 }
 ABLATIONS = {
     **{f"L = {cut}, alpha = {alpha}": f"--max-cut {cut} --length-reward {alpha}"
-       for cut in (0.15, 0.3, 0.6, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.3, 0)},
+       for cut in (0.1, 0.2, 0.4, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.2, 0)},
     "L adaptive": "--max-cut adaptive", "epsilon = 0": "--epsilon 0", "epsilon = 0.5": "--epsilon 0.5",
     "G = 4": "--group-size 4", "G = 16": "--group-size 16",
     "cut anywhere alike": "--cut-position uniform", "nothing skipped": "--no-skip-certain",
-    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1", "L constant": "--cut-decay-steps 0",
+    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
     "any path kept": "--no-cache-keep-correct",
     "every 8th visit a full path": "--full-every 8", "worked solutions first": "--cache-init solutions",
     "KL 0.02": "--kl-coef 0.02", "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
