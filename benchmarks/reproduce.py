@@ -1,12 +1,13 @@
 """The paper's headline in one run, and ablations: full paths, RPO by the paper's rule and by our default.
 
-    python benchmarks/reproduce.py             # everything; the headline rows come first
+    python benchmarks/reproduce.py             # everything; the headline rows come first, with 200 steps
     python benchmarks/reproduce.py --quick     # the headline rows, one seed, 80 steps
     python benchmarks/reproduce.py --table     # only write docs/ and README.md from the runs there are
 
-All runs are `train.py` on the problems in tiny/ with the same steps, group size, problems per step and
-learning rate. A run is a folder in --folder; one that is finished is not done again, one that was killed goes
-on. Each has one core, so that its seconds do not depend on what runs beside it.
+All runs are `train.py` on the problems in tiny/ with the same group size, problems per step and learning
+rate; those besides the headline end after 80 steps and are compared with its rows at 80. A run is a folder in
+--folder; one that is finished is not done again, one that was killed goes on. Each has one core, so that its
+seconds do not depend on what runs beside it.
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import subprocess
@@ -25,6 +27,10 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tiny"))
+
+from make import make_problems  # noqa: E402
+
 COMMON = "@presets/tiny.args --eval-every 20 --save-every 100"
 PAPER = "--cut-position uniform --cut-tail 0 --no-skip-certain --no-cache-keep-correct --epsilon 0.5"
 RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
@@ -48,14 +54,17 @@ HEADLINE = {f"dapo, {rule}": f"--algo dapo {options}" for rule, options in RULES
 OTHER = {f"{algo}, {rule}{shaped}": f"--algo {algo} {options}{' --length-reward 0.01' if shaped else ''}"
          for algo in ("dapo", "grpo") for shaped in ("", ", length reward") for rule, options in RULES.items()
          if algo == "grpo" or shaped}
+STEPS, SHORT = 200, 80
+FRESH = 2048  # problems for the pass@1 of the headline's last policies: 256 would leave a point of doubt
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 % by number of seeds
 
 
-def plan() -> list[tuple[str, str, int]]:
-    """(row, options, seed), the most wanted first."""
-    return ([(row, options, seed) for seed in range(5) for row, options in HEADLINE.items()]
-            + [(row, options, seed) for seed in range(3) for row, options in OTHER.items()]
-            + [(f"RPO, {row}", options, seed) for seed in range(3) for row, options in ABLATIONS.items()])
+def plan() -> list[tuple[str, str, int, int]]:
+    """(row, options, seed, steps), the most wanted first."""
+    return ([(row, options, seed, STEPS) for seed in range(5) for row, options in HEADLINE.items()]
+            + [(row, options, seed, SHORT) for seed in range(3) for row, options in OTHER.items()]
+            + [(f"RPO, {row}", options, seed, SHORT) for seed in range(3)
+               for row, options in ABLATIONS.items()])
 
 
 def folder_of(row: str, seed: int, folder: Path) -> Path:
@@ -75,6 +84,7 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
             subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
         (out / "commit").write_text(commit)
+    pass_at_1 = evaluate(out, folder) if row in HEADLINE and steps == STEPS else None
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     points, evaluation = [], 0.0
     for m in metrics[1:]:
@@ -90,10 +100,29 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
     config = json.loads((out / "config.json").read_text())
     read = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
     if config["rollout"] == "rpo" and (config["skip_certain"] or config["cut_position"] == "uncertain"):
-        read += metrics[-1]["tokens/full_path"] / config["group_size"]  # the paths of all visits, for log-probs
+        read += metrics[-1]["tokens/full_path"] / config["group_size"]  # the paths of all visits
     record["tokens/read"] = read
+    record["pass@1"] = record["accuracy"][-1] if pass_at_1 is None else pass_at_1
     return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
             "commit": (out / "commit").read_text(), **record}
+
+
+def evaluate(out: Path, folder: Path) -> float:
+    """Greedy pass@1 of a run's last policy on FRESH problems that nothing else uses."""
+    results, problems = out / "eval" / "results.json", folder / "fresh.jsonl"
+    if not results.exists():
+        config = json.loads((out / "config.json").read_text())
+        subprocess.run([sys.executable, "eval.py", "--model", str(out / "policy"), "--data", str(problems),
+                        "--max-response", str(config["max_response"]), "--out", str(out / "eval")],
+                       cwd=ROOT, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(results.read_text())["results"]["fresh"]["avg"]
+
+
+def write_fresh(folder: Path) -> None:
+    used = [json.loads(line)["problem"] for name in ("train", "test")
+            for line in (ROOT / "tiny" / f"{name}.jsonl").read_text().splitlines()]
+    problems = make_problems(random.Random(FRESH), FRESH, set(used))
+    (folder / "fresh.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
 
 
 def mean_of(runs: list[dict], value: Callable[[dict], float], form: str) -> str:
@@ -104,8 +133,8 @@ def mean_of(runs: list[dict], value: Callable[[dict], float], form: str) -> str:
 
 def difference(runs: list[dict], others: list[dict]) -> str:
     """Final pass@1 in points, paired by seed, with a 95 % interval (Student)."""
-    final = {r["seed"]: r["accuracy"][-1] for r in others}
-    gaps = [100 * (r["accuracy"][-1] - final[r["seed"]]) for r in runs if r["seed"] in final]
+    final = {r["seed"]: r["pass@1"] for r in others}
+    gaps = [100 * (r["pass@1"] - final[r["seed"]]) for r in runs if r["seed"] in final]
     if len(gaps) < 2:
         return f"{gaps[0]:+.1f}" if gaps else ""
     half = STUDENT[len(gaps)] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
@@ -122,8 +151,18 @@ def reaches(runs: list[dict], target: float) -> str:
     return f"{runs[0]['steps'][at]}; {tokens / 1000:,.0f} k; {seconds:.0f} s"
 
 
-def table(records: list[dict], rows: list[str]) -> str:
-    """Markdown; every row against the full paths of its kind."""
+def until(record: dict, steps: int) -> dict:
+    """The record as it was after so many steps; pass@1 on FRESH problems is known at the end only."""
+    if steps == record["steps"][-1]:
+        return record
+    at = record["steps"].index(steps)
+    curves = {key: record[key][:at + 1] for key in ("steps", "tokens", "seconds", "accuracy")}
+    return record | curves | {"pass@1": record["accuracy"][at]}
+
+
+def table(records: list[dict], rows: list[str], steps: int) -> str:
+    """Markdown; every row against the full paths of its kind, as all were after so many steps."""
+    records = [until(r, steps) for r in records if steps in r["steps"]]
     head = ["row", "seeds", "pass@1 at the end", "points against full paths", "tokens generated",
             "of full paths'", "training seconds", "of full paths'",
             "steps; tokens; seconds to full paths' end less a point"]
@@ -136,12 +175,12 @@ def table(records: list[dict], rows: list[str]) -> str:
         share = [np.mean([r[key][-1] for r in runs]) / np.mean([r[key][-1] for r in base])
                  for key in ("tokens", "seconds")]
         target = np.mean([r["accuracy"][-1] for r in base]) - 0.01
-        cells = [row, str(len(runs)), mean_of(runs, lambda r: r["accuracy"][-1], ".3f"),
+        cells = [row, str(len(runs)), mean_of(runs, lambda r: r["pass@1"], ".4f"),
                  difference(runs, base) if runs is not base else "",
                  mean_of(runs, lambda r: r["tokens"][-1], ",.0f"), f"{share[0]:.1%}",
                  mean_of(runs, lambda r: r["seconds"][-1], ",.0f"), f"{share[1]:.1%}", reaches(runs, target)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else "Not run yet."
 
 
 def baseline(row: str) -> str:
@@ -158,7 +197,7 @@ def against_trl(records: list[dict]) -> str:
     trl = json.loads(file.read_text())
     seconds = {row: np.mean(own) for row in ("dapo, RPO", "dapo, full paths")
                if (own := [r["seconds"][-1] for r in records if r["row"] == row])}
-    whole = trl["seconds_per_step"] * records[0]["steps"][-1]
+    whole = trl["seconds_per_step"] * STEPS
     return (f"GRPOTrainer of TRL {trl['trl']} takes {trl['seconds_per_step']:.1f} s for a step of full paths "
             f"on the same problems (one core, mean of {trl['steps']} steps, `benchmarks/versus_trl.py "
             f"--tiny`), which makes {whole:,.0f} s for as many steps: "
@@ -167,14 +206,14 @@ def against_trl(records: list[dict]) -> str:
 
 def write(records: list[dict], args: argparse.Namespace) -> None:
     """docs/reproduction.json, .md (not of a quick run) and README.md's table, from the same records."""
-    docs = ROOT / "docs"
+    docs, steps = ROOT / "docs", SHORT if args.quick else STEPS
     commits = ", ".join(sorted({r["commit"] for r in records}))
     command = "python benchmarks/reproduce.py" + " --quick" * args.quick
     note = (f"Written by `{command}` (commit {commits}; {platform.machine()}, one core a run): "
-            f"{records[0]['steps'][-1]} steps of 16 problems and 8 responses; mean and standard deviation over "
-            "seeds, differences paired by seed with a 95 % interval. Cache initialisation is included, "
-            "evaluation is not.")
-    headline = table(records, list(HEADLINE))
+            f"{steps} steps of 16 problems and 8 responses; mean and standard deviation over seeds, "
+            "differences paired by seed with a 95 % interval. Cache initialisation is included, evaluation "
+            f"is not.{'' if args.quick else f' The last pass@1 is of {FRESH} problems used nowhere else.'}")
+    headline = table(records, list(HEADLINE), steps)
     readme = ROOT / "README.md"
     marked = f"<!-- results -->\n{headline}\n\n{note}\n<!-- /results -->"
     readme.write_text(re.sub(r"<!-- results -->.*<!-- /results -->", lambda _: marked, readme.read_text(),
@@ -185,10 +224,11 @@ def write(records: list[dict], args: argparse.Namespace) -> None:
     (docs / "reproduction.md").write_text(
         f"# Full paths, RPO by the paper's rule and by our default\n\n{note}\n\nAll: `{COMMON}`\n\n"
         f"{headline}\n\n{against_trl(records)}\n\n![curves](reproduction.svg)\n\n"
-        f"## GRPO, and with the length-aware reward\n\n{table(records, list(OTHER))}\n\n"
-        f"## Ablations of RPO\n\nThe paper's rule is `{PAPER}`; the others differ from our default (dapo, "
-        "RPO) in what their names say.\n\n"
-        f"{table(records, ['dapo, RPO', *(f'RPO, {row}' for row in ABLATIONS)])}\n")
+        f"## GRPO, and with the length-aware reward: {SHORT} steps, pass@1 of the 256 held-out problems\n\n"
+        f"{table(records, list(OTHER), SHORT)}\n\n"
+        f"## Ablations of RPO: {SHORT} steps, likewise\n\nThe paper's rule is `{PAPER}`; the others differ "
+        "from our default (dapo, RPO) in what their names say.\n\n"
+        f"{table(records, ['dapo, RPO', *(f'RPO, {row}' for row in ABLATIONS)], SHORT)}\n")
 
 
 def main() -> None:
@@ -201,22 +241,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "reproduce")
     args = parser.parse_args()
-    steps = 80 if args.quick else 200
     folder = args.folder.absolute() / ("quick" if args.quick else "")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_fresh(folder)
     todo = [run for run in plan() if args.rows in run[0]]
     if args.quick:
-        todo = [run for run in todo if run[0] in HEADLINE and run[2] == 0]
+        todo = [(*run[:3], SHORT) for run in todo if run[0] in HEADLINE and run[2] == 0]
     if args.table:
         todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "commit").exists()]
     records: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for record in pool.map(lambda run: execute(*run, steps, folder), todo):
+        for record in pool.map(lambda run: execute(*run, folder), todo):
             records.append(record)
             print(f"{record['row']}, seed {record['seed']}: pass@1 {record['accuracy'][-1]:.3f}, "
                   f"{record['tokens'][-1]:,} tokens, {record['seconds'][-1]:.0f} s", flush=True)
             if not args.rows and args.write >= args.quick:
                 write(records, args)
-    print(table(records, [*HEADLINE, *OTHER, *(f"RPO, {row}" for row in ABLATIONS)]))
+    for steps in (STEPS, SHORT):
+        print(f"after {steps} steps", table(records, list(dict.fromkeys(r["row"] for r in records)), steps),
+              sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":
