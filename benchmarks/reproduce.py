@@ -84,7 +84,6 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
             subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
         (out / "commit").write_text(commit)
-    pass_at_1 = evaluate(out, folder) if row in HEADLINE and steps == STEPS else None
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     points, evaluation = [], 0.0
     for m in metrics[1:]:
@@ -102,7 +101,8 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
     if config["rollout"] == "rpo" and (config["skip_certain"] or config["cut_position"] == "uncertain"):
         read += metrics[-1]["tokens/full_path"] / config["group_size"]  # the paths of all visits
     record["tokens/read"] = read
-    record["pass@1"] = record["accuracy"][-1] if pass_at_1 is None else pass_at_1
+    fresh = row in HEADLINE and steps == STEPS
+    record["pass@1"] = evaluate(out, folder) if fresh else record["accuracy"][-1]
     return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
             "commit": (out / "commit").read_text(), **record}
 
