@@ -2,10 +2,9 @@
 
     python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60]
 
-The model first learns from a few hundred worked sums how to write one down: asked without, it is right in
-0 to 3 of a hundred. From this policy both runs go on at the same time, one core each, until they have trained
-for so many minutes. pass@1 on held-out problems goes to docs/pretrained.md. A killed call goes on with the
-same command.
+The model first learns from a few hundred worked sums how to write one down. From this policy both runs go on
+at the same time, one core each, until they have trained for so many minutes. pass@1 on held-out problems goes
+to docs/pretrained.md. A killed call goes on with the same command.
 """
 from __future__ import annotations
 
