@@ -47,10 +47,12 @@ ABLATIONS = {
     "cut anywhere alike": "--cut-position uniform", "nothing skipped": "--no-skip-certain",
     "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
     "any path kept": "--no-cache-keep-correct",
-    "every 8th visit a full path": "--full-every 8", "worked solutions first": "--cache-init solutions",
-    "KL 0.02": "--kl-coef 0.02", "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
+    "every 8th visit a full path": "--full-every 8", "KL 0.02": "--kl-coef 0.02",
+    "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
 }
-HEADLINE = {f"dapo, {rule}": f"--algo dapo {options}" for rule, options in RULES.items()}
+SOLUTIONS = "dapo, RPO, worked solutions first"
+HEADLINE = {f"dapo, {rule}": f"--algo dapo {options}" for rule, options in RULES.items()} | {
+    SOLUTIONS: "--algo dapo --cache-init solutions"}
 OTHER = {f"{algo}, {rule}{shaped}": f"--algo {algo} {options}{' --length-reward 0.01' if shaped else ''}"
          for algo in ("dapo", "grpo") for shaped in ("", ", length reward") for rule, options in RULES.items()
          if algo == "grpo" or shaped}
@@ -228,7 +230,7 @@ def write(records: list[dict], args: argparse.Namespace) -> None:
         f"{table(records, list(OTHER), SHORT)}\n\n"
         f"## Ablations of RPO: {SHORT} steps, likewise\n\nThe paper's rule is `{PAPER}`; the others differ "
         "from our default (dapo, RPO) in what their names say.\n\n"
-        f"{table(records, ['dapo, RPO', *(f'RPO, {row}' for row in ABLATIONS)], SHORT)}\n")
+        f"{table(records, ['dapo, RPO', SOLUTIONS, *(f'RPO, {row}' for row in ABLATIONS)], SHORT)}\n")
 
 
 def main() -> None:
