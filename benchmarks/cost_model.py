@@ -30,7 +30,8 @@ def forwarded(prefix: float, suffix: float, group: int) -> float:
 
 def ours() -> list[str]:
     """The runs of reproduce.py against the model."""
-    records = json.loads((ROOT / "docs" / "reproduction.json").read_text())
+    records = [r for r in json.loads((ROOT / "docs" / "reproduction.json").read_text())
+               if "--kl-coef" not in r["options"]]  # a second model's forward is not counted
     rollout = np.array([[r["tokens"][-1], r["tokens/read"]] for r in records], dtype=float)
     update = np.array([[r["tokens/forwarded"]] for r in records], dtype=float)
     seconds = {key: np.array([r[f"time/{key}_s"] for r in records]) for key in ("rollout", "update")}
