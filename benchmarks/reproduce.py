@@ -74,18 +74,19 @@ def folder_of(row: str, seed: int, folder: Path) -> Path:
 
 
 def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict:
-    """One run of train.py, unless it is there; its record."""
+    """One run of train.py; its record, which is read where it is there already."""
     out = folder_of(row, seed, folder)
-    command = [sys.executable, "train.py", *shlex.split(COMMON), *shlex.split(options), "--seed", str(seed),
-               "--steps", str(steps), "--out", str(out)]
-    if not (out / "commit").exists():  # comes last
-        out.mkdir(parents=True, exist_ok=True)
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                                text=True, check=True).stdout.strip()
-        with open(folder / f"{out.name}.log", "w") as log:
-            subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=log,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-        (out / "commit").write_text(commit)
+    finished = out / "record.json"
+    if finished.exists():
+        return json.loads(finished.read_text())
+    options = f"{COMMON} --steps {steps} {options}".strip()
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.strip()
+    with open(folder / f"{out.name}.log", "w") as log:
+        subprocess.run([sys.executable, "train.py", *shlex.split(options), "--seed", str(seed),
+                        "--out", str(out)], cwd=ROOT, check=True, stdout=log, stderr=log,
+                       env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     points, evaluation = [], 0.0
     for m in metrics[1:]:
@@ -105,8 +106,9 @@ def execute(row: str, options: str, seed: int, steps: int, folder: Path) -> dict
     record["tokens/read"] = read
     fresh = row in HEADLINE and steps == STEPS
     record["pass@1"] = evaluate(out, folder) if fresh else record["accuracy"][-1]
-    return {"row": row, "seed": seed, "options": f"{COMMON} --steps {steps} {options}".strip(),
-            "commit": (out / "commit").read_text(), **record}
+    record = {"row": row, "seed": seed, "options": options, "commit": commit, **record}
+    finished.write_text(json.dumps(record))
+    return record
 
 
 def evaluate(out: Path, folder: Path) -> float:
@@ -250,7 +252,7 @@ def main() -> None:
     if args.quick:
         todo = [(*run[:3], SHORT) for run in todo if run[0] in HEADLINE and run[2] == 0]
     if args.table:
-        todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "commit").exists()]
+        todo = [run for run in todo if (folder_of(run[0], run[2], folder) / "record.json").exists()]
     records: list[dict] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for record in pool.map(lambda run: execute(*run, folder), todo):
