@@ -47,7 +47,7 @@ ABLATIONS = {
     "cut anywhere alike": "--cut-position uniform", "nothing skipped": "--no-skip-certain",
     "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
     "any path kept": "--no-cache-keep-correct",
-    "every 8th visit a full path": "--full-every 8", "KL 0.02": "--kl-coef 0.02",
+    "every 2nd visit a full path": "--full-every 2", "KL 0.02": "--kl-coef 0.02",
     "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
 }
 SOLUTIONS = "dapo, RPO, worked solutions first"
