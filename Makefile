@@ -1,6 +1,6 @@
 # make train [ARGS="--algo grpo"]   environment, then the main job on the embedded default
 # make test                         the test suite          make test-slow   the slow ones too
-# make reproduce                    full paths, RPO, the paper's rule, ablations: hours; -quick: a quarter of one
+# make reproduce                    full paths, RPO, the paper's rule, ablations: 6 hours; -quick: a quarter of one
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RUN = .venv/bin/python
 

@@ -261,7 +261,7 @@ def main() -> None:
                   f"{record['tokens'][-1]:,} tokens, {record['seconds'][-1]:.0f} s", flush=True)
             if not args.rows and args.write >= args.quick:
                 write(records, args)
-    for steps in (STEPS, SHORT):
+    for steps in sorted({r["steps"][-1] for r in records}, reverse=True):
         print(f"after {steps} steps", table(records, list(dict.fromkeys(r["row"] for r in records)), steps),
               sep="\n\n", end="\n\n")
 
