@@ -1,6 +1,6 @@
 """Sampling G suffixes of one prefix: this engine against model.generate, and against the machine's limit.
 
-    python benchmarks/rollout.py [--model FOLDER] [--plot docs/group_cost.svg]     # SmolLM2-135M: 20 minutes
+    python benchmarks/rollout.py [--model FOLDER] [--plot docs/group_cost.svg]     # SmolLM2-135M: 13 minutes
 
 model.generate gets the prefix G times, as TRL's trainers hand it over when they sample without a server, and
 is told to produce exactly S tokens. Every pair is timed in one process, in turn, and medians are compared.
