@@ -1,10 +1,10 @@
-"""A pretrained model of 135M parameters: full paths and RPO for the same time, on chain sums made here.
+"""A pretrained model of 135M parameters: full paths and RPO for as many minutes, on chain sums made here.
 
     python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60]
 
-The model first learns from a few hundred worked sums how to write one down. From this policy both runs go on
-at the same time, one core each, until they have trained for so many minutes. pass@1 on held-out problems goes
-to docs/pretrained.md. A killed call goes on with the same command.
+The model first learns from a few hundred worked sums how to write one down. From this policy every run goes on,
+two at a time and one core each, until it has trained for so many minutes. pass@1 on held-out problems goes to
+docs/pretrained.md. A killed call goes on with the same command.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import rpo  # noqa: E402
 from eval import interval  # noqa: E402
+from reproduce import PAPER, folder_of  # noqa: E402
 
 TERMS, TRAIN, TEST = 12, 256, 512
 EXAMPLES, EXAMPLES_PER_STEP, COLD_LR = 320, 8, 1e-4  # of the cold start
@@ -39,7 +41,18 @@ TRAINING = ["--max-prompt", "96", "--problems-per-step", "8", "--group-size", "8
             "--weight-decay", "0", "--warmup-steps", "3", "--steps", "100000", "--eval-every", "0",
             "--save-every", "10", "--cache-init-chunk", "64", "--no-gradient-checkpointing",
             "--tokens-per-forward", "2048"]
-WAYS = {"full paths": ["--rollout", "full"], "RPO": ["--rollout", "rpo", "--max-cut", "0.2"]}
+SOLUTIONS = ["--cache-init", "solutions"]
+ALIKE = ["--cut-position", "uniform", "--cut-tail", "0"]
+WAYS = {"full paths": ["--rollout", "full"],
+        "RPO, L = 1.0, worked solutions first, cuts alike, none skipped": [
+            "--rollout", "rpo", "--max-cut", "1.0", *SOLUTIONS, *ALIKE, "--no-skip-certain"],
+        "RPO, L = 1.0, worked solutions first, cuts alike": [
+            "--rollout", "rpo", "--max-cut", "1.0", *SOLUTIONS, *ALIKE],
+        "RPO, L = 1.0, worked solutions first": ["--rollout", "rpo", "--max-cut", "1.0", *SOLUTIONS],
+        "RPO, L = 1.0": ["--rollout", "rpo", "--max-cut", "1.0"],
+        "RPO, worked solutions first": ["--rollout", "rpo", "--max-cut", "0.2", *SOLUTIONS],
+        "RPO": ["--rollout", "rpo", "--max-cut", "0.2"],
+        "paper, L = 0.5": [*shlex.split(PAPER), "--max-cut", "0.5"]}
 
 
 def chain_sum(rng: random.Random) -> dict[str, str]:
@@ -97,7 +110,7 @@ def cold_start(model: Path, folder: Path) -> Path:
 
 def evaluate(policy: Path, folder: Path, name: str) -> dict:
     """Greedy pass@1 on the held-out problems, on one core."""
-    out = folder / f"eval-{name.replace(' ', '-')}"
+    out = folder / f"eval-{name}"
     subprocess.run([sys.executable, "eval.py", "--model", str(policy), "--data", str(folder / "test.jsonl"),
                     "--out", str(out), *COMMON], cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -115,7 +128,7 @@ def is_sound(response: str) -> bool:
 
 def train(model: Path, folder: Path, way: str, minutes: float) -> dict[str, float]:
     """train.py on one core until it has trained for so long; its last metrics."""
-    out = folder / way.replace(" ", "-")
+    out = folder_of(way, 0, folder)
 
     def last() -> dict[str, float]:
         log = out / "metrics.jsonl"
@@ -153,20 +166,25 @@ def main() -> None:
     start = cold_start(data.find_model(args.model), folder)
     before = evaluate(start, folder, "start")
     print(f"before: {cell(before)}", flush=True)
-    rows = [f"| before | {cell(before)} | {before['lucky']} | {before['length']:.0f} | | | |"]
+    rows = {"before": f"| before | {cell(before)} | {before['lucky']} | {before['length']:.0f} | | | |"}
     after = {}
 
     def run(way: str) -> None:
         metrics = train(start, folder, way, args.minutes)
-        after[way] = evaluate(folder / way.replace(" ", "-") / "policy", folder, f"{way}-{metrics['step']}")
-        rows.append(f"| {way} | {cell(after[way])} | {after[way]['lucky']} | {after[way]['length']:.0f} | "
-                    f"{metrics['step']} | {metrics['tokens/generated']:,} | "
-                    f"{metrics['time/total_s'] / 60:.0f} |")
-    with ThreadPoolExecutor() as pool:
+        out = folder_of(way, 0, folder)
+        after[way] = evaluate(out / "policy", folder, f"{out.name}-{metrics['step']}")
+        rows[way] = (f"| {way} | {cell(after[way])} | {after[way]['lucky']} | {after[way]['length']:.0f} | "
+                     f"{metrics['step']} | {metrics['tokens/generated']:,} | "
+                     f"{metrics['time/total_s'] / 60:.0f} |")
+    with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, WAYS))
-    full, ours = (after[way]["per_problem"] for way in WAYS)
-    gaps = [ours[i] - full[i] for i in full]
-    low, high = interval(gaps)
+    full, *others = (after[way]["per_problem"] for way in WAYS)
+    lines = []
+    for way, ours in zip(list(WAYS)[1:], others):
+        gaps = [ours[i] - full[i] for i in full]
+        low, high = interval(gaps)
+        lines.append(f"- {way}: {100 * sum(gaps) / len(gaps):+.1f} points ({100 * low:+.1f} to "
+                     f"{100 * high:+.1f}, the same problems)")
     (ROOT / "docs" / "pretrained.md").write_text(
         f"# Chain sums with {Path(args.model).name}\n\nWritten by `python benchmarks/pretrained.py --minutes "
         f"{args.minutes:g}` ({platform.machine()}, torch {torch.__version__.split('+')[0]}, one core a run): "
@@ -174,9 +192,8 @@ def main() -> None:
         f"{TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
         "| policy | pass@1 | right answers with a wrong sum in them | mean length | steps | tokens generated | "
         "minutes |\n|---|---|---|---|---|---|---|\n"
-        + "\n".join(sorted(rows, key=lambda row: row[2] != "b"))
-        + f"\n\nRPO against full paths: {100 * sum(gaps) / len(gaps):+.1f} points "
-        f"({100 * low:+.1f} to {100 * high:+.1f}, the same problems).\n")
+        + "\n".join(rows[way] for way in ["before", *WAYS])
+        + "\n\nAgainst full paths:\n" + "\n".join(lines) + "\n")
     print((ROOT / "docs" / "pretrained.md").read_text())
 
 
