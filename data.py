@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+import answers
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 DEFAULT_DATA = "agentica-org/DeepScaleR-Preview-Dataset:deepscaler.json"  # 40k competition problems, MIT
-# who publishes the models whose short names begin so
+# who publishes the models whose short names begin like this
 ORGANISATIONS = {"Qwen": "Qwen", "DeepSeek": "deepseek-ai", "SmolLM": "HuggingFaceTB"}
 QUESTION_KEYS = ("problem", "question", "prompt")
 ANSWER_KEYS = ("answer", "final_answer")
@@ -25,20 +27,15 @@ MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 @dataclass(frozen=True)
 class Problem:
     """One problem with its gold answer."""
-
     id: str  # hash of question and answer: the same in every file and order, so a cache can be keyed by it
     question: str
     answer: str
     solution: str = ""
 
 
-def load_problems(source: str, option: str, find_answer: Callable[[str], str | None],
-                  gold_error: Callable[[str], str | None]) -> list[Problem]:
+def load_problems(source: str, option: str) -> list[Problem]:
     """Problems of a .jsonl or .json file, or of a hub data set `owner/name` or `owner/name:file`, in order.
-
-    find_answer: takes the final answer out of a worked solution, where a record has no answer field.
-    gold_error: why a gold answer cannot be checked, or None. What is dropped is counted on the screen.
-    Raises ValueError, with `option` in it, for what cannot be had or read.
+    What is dropped is counted on the screen. Raises ValueError, with `option` in it, for what cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -48,8 +45,8 @@ def load_problems(source: str, option: str, find_answer: Callable[[str], str | N
     problems: dict[str, Problem] = {}
     dropped = {"no answer": 0, "duplicate": 0, "gold answer cannot be checked": 0}
     for where, record in _records(path, f"{option} {source}"):
-        problem = _problem(record, f"{option} {source}: {where}", find_answer)
-        error = problem and gold_error(problem.answer)
+        problem = _problem(record, f"{option} {source}: {where}")
+        error = problem and answers.parse_error(problem.answer)
         if problem is None:
             dropped["no answer"] += 1
         elif problem.id in problems:
@@ -72,26 +69,23 @@ def _records(path: Path, source: str) -> Iterable[tuple[str, dict]]:
     if path.suffix not in (".jsonl", ".json"):
         yield from _records_by_datasets(path, source)
         return
+    where = "the file"
     try:
         text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(text.split("\n"), 1):
+                where = f"line {number}"
+                if line.strip():
+                    yield where, json.loads(line)
+            return
+        records = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: {where} is not valid JSON ({error})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: cannot be read as UTF-8 text ({error})") from error
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{source}: line {number} is not valid JSON ({error})") from error
-        return
-    try:
-        records = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source}: not valid JSON ({error})") from error
     if not isinstance(records, list):
         raise ValueError(f"{source}: a .json file holds one list of records; if one a line, name it .jsonl")
-    for number, record in enumerate(records, 1):
-        yield f"record {number}", record
+    yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
 
 
 def _records_by_datasets(path: Path, source: str) -> Iterable[tuple[str, dict]]:
@@ -107,16 +101,16 @@ def _records_by_datasets(path: Path, source: str) -> Iterable[tuple[str, dict]]:
         yield f"record {number}", record
 
 
-def _problem(record: object, where: str, find_answer: Callable[[str], str | None]) -> Problem | None:
-    """None where the record has no answer anywhere."""
+def _problem(record: object, where: str) -> Problem | None:
+    """None if the record has no answer anywhere."""
     question = _first(record, QUESTION_KEYS) if isinstance(record, dict) else ""
     if not question:
         raise ValueError(f"{where} has no question: it needs one of the fields {', '.join(QUESTION_KEYS)}")
     solution = _first(record, ("solution",))
     answer = _first(record, ANSWER_KEYS)
     if "####" in answer:  # GSM8K as published keeps the worked solution in the answer field
-        solution, answer = solution or answer, find_answer(answer) or ""
-    answer = answer or find_answer(solution) or ""
+        solution, answer = solution or answer, answers.extract_answer(answer) or ""
+    answer = answer or answers.extract_answer(solution) or ""
     if not answer:
         return None
     digest = hashlib.sha256(f"{question}\0{answer}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -146,16 +140,13 @@ def _download(source: str, option: str) -> Path:
             name = train[0]
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{option} {source}: no such file, and the hub data set could not be had "
+        raise ValueError(f"{option} {source}: no such file, and the hub data set could not be downloaded "
                          f"({_reason(error)})") from error
 
 
-def find_model(name: str, code: bool = False) -> Path:
+def find_model(name: str) -> Path:
     """Folder of a model: a local folder, a hub id (owner/name), or a short name such as Qwen2.5-Math-1.5B.
-
-    Downloads it where needed, Python files only with `code`. Raises ValueError saying what was tried, or what
-    the folder lacks.
-    """
+    Downloads it if need be. Raises ValueError saying what was tried, or what the folder lacks."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         owner = next((o for start, o in ORGANISATIONS.items() if name.startswith(start)), "")
@@ -164,9 +155,9 @@ def find_model(name: str, code: bool = False) -> Path:
             raise ValueError(f"--model {name}: no such folder, and not a short name (those begin with "
                              f"{', '.join(ORGANISATIONS)}); give a folder or a hub id owner/name")
         try:
-            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES + ["*.py"] * code))
+            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            raise ValueError(f"--model {name}: no such folder, and {repo} could not be had from the hub "
+            raise ValueError(f"--model {name}: no such folder, and downloading {repo} from the hub failed "
                              f"({_reason(error)})") from error
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: {folder} has no config.json, so it is not a model folder")
@@ -183,10 +174,8 @@ def _reason(error: Exception) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, question: str, instruction: str = INSTRUCTION,
                   role: str = "system") -> list[int]:
     """Token ids of the prompt, up to where the response begins.
-
     role "system": the instruction is the system turn; "user": it follows the question. A tokenizer without a
-    chat template gets a plain one.
-    """
+    chat template gets a plain one."""
     if role == "user":
         messages = [{"role": "user", "content": f"{question}\n\n{instruction}".strip()}]
     else:
@@ -211,7 +200,6 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBa
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_eos: int | list[int] | None) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's, the generation config's, and what ends a chat turn.
-
     The last one matters for base models, whose own end token is another (Qwen2.5: <|im_end|>, <|endoftext|>).
     """
     others = generation_eos if isinstance(generation_eos, list) else [generation_eos]
@@ -233,10 +221,8 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def encode_solutions(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase,
                      max_response: int, option: str, otherwise: str) -> dict[str, list[int]]:
     """The worked solutions as responses: token ids by problem id, with the token that ends a response.
-
     Those without a solution, or with one of more than max_response tokens, are left out and counted;
-    `otherwise` says what becomes of them. Raises ValueError, with `option` in it, where none is left.
-    """
+    `otherwise` says what becomes of them. Raises ValueError, with `option` in it, if none is left."""
     end = (_turn_end(tokenizer) or [tokenizer.eos_token_id])
     paths = {p.id: [*tokenizer(p.solution, add_special_tokens=False)["input_ids"], *end]
              for p in problems if p.solution}

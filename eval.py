@@ -1,33 +1,36 @@
-"""Benchmark numbers with their protocol, and which part of a reasoning path decides its correctness.
+"""Benchmark numbers with their protocol.
 
     python eval.py --model M --data math500,aime24,mine.jsonl --samples 16 --temperature 0.6 --top-p 0.95
-    python eval.py --model M --data mine.jsonl --segments 0,0.25,0.5,0.75 --paths solutions --samples 16
     python eval.py --compare A/results.json B/results.json
 
-Responses are written as they come: the same command with the same --out goes on where it was killed.
-"""
+Responses are written as they come: the same command with the same --out goes on where it was killed."""
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import cache
+import answers
 import data
 import rewards
 import rollout
-import rpo
+from answers import Checker
+from cache import fingerprint
+from data import Problem
+from policy import Policy, load_policy
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
 BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
@@ -47,9 +50,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 def majority(clusters: Sequence[int], correct: Sequence[bool]) -> float:
     """maj@k of one problem: is the most frequent answer right? Of several equally frequent ones, their mean.
-
-    clusters: per sample the number of its answer, equal answers the same one; -1: no answer, no vote.
-    """
+    clusters: per sample the number of its answer, equal answers the same one; -1: no answer, no vote."""
     votes = {c: list(clusters).count(c) for c in set(clusters) - {-1}}
     winners = [c for c, n in votes.items() if n == max(votes.values())]
     return float(np.mean([correct[list(clusters).index(c)] for c in winners])) if winners else 0.0
@@ -63,14 +64,14 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def cluster(answers: Sequence[str | None], checker: rewards.Checker) -> list[int]:
-    """Number the answers of one problem, equal ones alike; None: -1."""
-    distinct = list(dict.fromkeys(a for a in answers if a is not None))
+def cluster(given: Sequence[str | None], checker: Checker) -> list[int]:
+    """Number the answers to one problem, equal ones alike; None: -1."""
+    distinct = list(dict.fromkeys(a for a in given if a is not None))
     number: dict[str, int] = {}
     for i, answer in enumerate(distinct):
         same = checker.check([("\\boxed{" + answer + "}", other) for other in distinct[:i]])
         number[answer] = next((number[other] for other, equal in zip(distinct, same) if equal), i)
-    return [-1 if a is None else number[a] for a in answers]
+    return [-1 if a is None else number[a] for a in given]
 
 
 def summarise(records: Sequence[dict]) -> dict[str, object]:
@@ -93,59 +94,79 @@ def summarise(records: Sequence[dict]) -> dict[str, object]:
 # ------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: Sequence[data.Problem],
-             prompts: Sequence[list[int]], checker: rewards.Checker, max_response: int, memory: float,
-             eos: tuple[int, ...]) -> dict[str, float]:
-    """pass@1: every problem answered once, greedily, from its prompt alone. memory: GiB for generate()."""
-    evaluator = Evaluator(model, tokenizer, rollout.Sampling(eos, len(tokenizer), temperature=0), checker,
-                          memory, max_response, 0)
-    records: list[dict] = []
+def truncate(weights: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """weights (R, V) with zeros beyond the top_k largest (0: all) and beyond those that make up top_p."""
+    return _truncate(weights, top_p, top_k or min(1024, weights.shape[1]), not top_k)
+
+
+def _truncate(weights: torch.Tensor, top_p: float, largest: int, more: bool) -> torch.Tensor:
+    """weights (R, V) with zeros beyond the `largest` ones, and beyond those that make up top_p of the total.
+    more: a row whose `largest` ones do not reach top_p is looked at whole. Sorting all rows whole is slow."""
+    ranked, order = weights.topk(largest)
+    mass, enough = ranked.cumsum(-1), top_p * weights.sum(-1, keepdim=True)
+    if top_p < 1:
+        ranked = ranked.masked_fill(mass - ranked >= enough, 0.0)  # the token that crosses top_p stays
+    kept = torch.zeros_like(weights).scatter_(1, order, ranked)
+    short = (mass[:, -1:] < enough)[:, 0]
+    if more and largest < weights.shape[1] and short.any():
+        kept[short] = _truncate(weights[short], top_p, weights.shape[1], False)
+    return kept
+
+
+def evaluate(policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem],
+             prompts: Sequence[list[int]], checker: Checker, max_response: int, memory: float,
+             eos_ids: tuple[int, ...], label: str) -> dict[str, float]:
+    """pass@1: every problem answered once, greedily, from its prompt alone; also printed after `label`.
+    memory: GiB for generate()."""
+    start, records = time.perf_counter(), []
+    how = rollout.Sampling(eos_ids, len(tokenizer), temperature=0)
     work = [(p, prompt, [], ()) for p, prompt in zip(problems, prompts)]
+    evaluator = Evaluator(policy, tokenizer, how, checker, memory, max_response, 0)
     evaluator.run(work, 1, records.append, "evaluation")
     names = {"correct": "accuracy", "tokens": "length", "finished": "finished_fraction"}
-    return {f"eval/{name}": float(np.mean([r[key] for r in records])) for key, name in names.items()}
+    result = {f"eval/{name}": float(np.mean([r[key] for r in records])) for key, name in names.items()}
+    seconds = time.perf_counter() - start
+    tqdm.write(f"{label}: pass@1 {result['eval/accuracy']:.3f} on {len(problems)} held-out problems (greedy, "
+               f"full path; mean response {result['eval/length']:.0f} tokens, "
+               f"{result['eval/finished_fraction']:.0%} finished; {seconds:.0f} s)")
+    return result | {"time/eval_s": seconds}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluator:
     """Samples responses and grades them, with the engine and the checker of the training."""
-
-    model: PreTrainedModel
+    policy: Policy
     tokenizer: PreTrainedTokenizerBase
     how: rollout.Sampling
-    checker: rewards.Checker
+    checker: Checker
     memory: float  # GiB for keys and values
     max_response: int
     seed: int
 
-    def run(self, work: Sequence[tuple[data.Problem, list[int], list[int], tuple[int, ...]]], samples: int,
-            keep: Callable[[dict], None], label: str, **more: object) -> None:
-        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; a record for each when done.
-
-        What a row draws depends on the seed, the problem, the key and its number only.
-        """
+    def run(self, work: Sequence[tuple[Problem, list[int], list[int], tuple[int, ...]]], samples: int,
+            keep: Callable[[dict], None], label: str) -> None:
+        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; `keep` gets a record of each.
+        What a row draws depends on the seed, the problem, the key and its number only."""
         requests = [rollout.Request(prompt + prefix, max(1, self.max_response - len(prefix)),
                                     [(self.seed, int(p.id, 16), *key, row) for row in range(samples)])
                     for p, prompt, prefix, key in work]
-        rollout.generate(self.model, requests, self.how, self.memory, label,
-                         lambda i, suffixes: keep(self.record(work[i][0], work[i][2], suffixes) | more))
+        rollout.generate(self.policy, requests, self.how, self.memory, label,
+                         lambda i, suffixes: keep(self.record(work[i][0], work[i][2], suffixes)))
 
-    def record(self, problem: data.Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
+    def record(self, problem: Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
         """Lists over the samples: text, answer or None, the answer's cluster, correct, tokens, finished."""
         texts = self.tokenizer.batch_decode([prefix + s.ids for s in suffixes], skip_special_tokens=True)
-        answers = [rewards.extract_answer(text) for text in texts]
+        given = [answers.extract_answer(text) for text in texts]
         return {"id": problem.id, "question": problem.question, "answer": problem.answer,
-                "prefix_tokens": len(prefix), "responses": texts, "answers": answers,
-                "clusters": cluster(answers, self.checker),
-                "correct": self.checker.check([(text, problem.answer) for text in texts]),
+                "prefix_tokens": len(prefix), "responses": texts, "answers": given,
+                "clusters": cluster(given, self.checker),
+                "correct": rewards.grade([(problem, text) for text in texts], self.checker),
                 "tokens": [len(s.ids) for s in suffixes], "finished": [s.finished for s in suffixes]}
 
 
 def resumed(path: Path, protocol: str) -> list[dict]:
     """The records of an earlier call with the same protocol; a last line that was cut off is cut away.
-
-    Raises ValueError where the file belongs to another protocol.
-    """
+    Raises ValueError where the file belongs to another protocol."""
     if not path.exists():
         path.write_text(json.dumps({"protocol": protocol}) + "\n")
         return []
@@ -161,65 +182,6 @@ def resumed(path: Path, protocol: str) -> list[dict]:
     return whole[1:]
 
 
-# --------------------------------------------------------------------------------------------- segments
-
-
-def segment_figures(rows: dict[float, list[dict]], original: dict[str, bool]) -> dict[str, object]:
-    """Accuracy against the fraction of a path that is kept, split by whether the path was right, and per
-    problem the pair of fractions between which its success rate changes most.
-    """
-    fractions = sorted(rows)
-    rates = {f: {r["id"]: float(np.mean(r["correct"])) for r in rows[f]} for f in fractions}
-    table = []
-    for f in fractions:
-        row: dict[str, object] = {"kept": f}
-        for name, ids in (("all", list(original)), ("right", [i for i, ok in original.items() if ok]),
-                          ("wrong", [i for i, ok in original.items() if not ok])):
-            values = [rates[f][i] for i in ids]
-            row[name] = [float(np.mean(values)), *interval(values), len(values)] if values else None
-        table.append(row)
-    return {"table": table, "largest_fall": _steepest(rates, original, -1),  # the more is kept, the worse
-            "largest_rise": _steepest(rates, original, 1)}
-
-
-def _steepest(rates: dict[float, dict[str, float]], ids: Iterable[str], sign: int) -> dict[str, dict]:
-    """Per pair of neighbouring fractions: the problems whose success rate changes most there; how much."""
-    steps, gaps = list(zip(rates, list(rates)[1:])), {}
-    for i in ids if steps else ():
-        change, step = max((sign * (rates[s[1]][i] - rates[s[0]][i]), s) for s in steps)
-        if change > 0:  # a problem that never changes has no place
-            gaps.setdefault(step, []).append(change)
-    return {f"{a:g}-{b:g}": {"problems": len(gaps[a, b]), "mean_change": float(np.mean(gaps[a, b]))}
-            for a, b in sorted(gaps)}
-
-
-def draw_segments(table: list[dict], samples: int, path: Path) -> None:
-    """path.png and path.svg, if matplotlib is there."""
-    try:
-        import matplotlib
-        matplotlib.use("svg")
-        from matplotlib import pyplot
-    except ImportError:
-        print("no figure: it needs the optional package matplotlib (pip install matplotlib); "
-              "the table has all values")
-        return
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    split = table[0]["right"] and table[0]["wrong"]  # else one of them is the curve of all
-    for name, label in (("all", "all"), ("right", "path was right"), ("wrong", "path was wrong")):
-        rows = [(r["kept"], *r[name]) for r in table if r[name] and (split or name == "all")]
-        if rows:
-            kept, mean, low, high, count = map(list, zip(*rows))
-            axes.plot(kept, mean, marker="o", label=f"{label} (n = {count[0]})")
-            axes.fill_between(kept, low, high, alpha=0.15)
-    axes.set(xlabel="fraction of the path that is kept", ylabel=f"accuracy of {samples} continuations",
-             ylim=(0, 1.02))
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    for ending in ("png", "svg"):
-        figure.savefig(f"{path}.{ending}", dpi=150)
-
-
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -231,16 +193,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", help=f"comma-separated: {', '.join(BENCHMARKS)}, files, hub data sets owner/name[:file]")
     add("--data-dir", help="folder with NAME.jsonl for the names above, instead of the hub")
     add("--limit", type=int, default=0, help="first problems of each only; 0: all")
-    add("--samples", type=int, default=1, help="responses per problem, or continuations per prefix")
+    add("--samples", type=int, default=1, help="responses per problem")
     add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0, help="0: all")
     add("--max-response", type=int, default=3072, help="longest response, tokens")
     add("--instruction", default=data.INSTRUCTION)
     add("--instruction-role", choices=("system", "user"), default="system")
-    add("--segments", help="comma-separated fractions of a path to keep, such as 0,0.25,0.5,0.75")
-    add("--paths", default="policy", help="of --segments: policy (one sampled response each), solutions "
-        "(of --data), or the cache.jsonl of a run")
     add("--memory", type=float, default=0.0,
         help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     add("--seed", type=int, default=0)
@@ -249,7 +208,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not args.compare and not (args.model and args.data):
         parser.error("give --model and --data, or --compare")
-    args.segments = sorted({_fraction(parser, x) for x in args.segments.split(",")}) if args.segments else []
     for name, least in (("samples", 1), ("max_response", 1), ("limit", 0), ("temperature", 0), ("top_k", 0)):
         if not least <= getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: "
@@ -262,23 +220,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _fraction(parser: argparse.ArgumentParser, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        parser.error(f"--segments: {text!r} is no fraction between 0 and 1")
-    return value
-
-
-def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[data.Problem]]]:
+def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[Problem]]]:
     """By benchmark name: where it comes from, and its problems. Raises ValueError."""
     sets = {}
     for name in args.data.split(","):
         source = str(Path(args.data_dir, f"{name}.jsonl")) if name in BENCHMARKS and args.data_dir else \
             BENCHMARKS.get(name, name)
-        problems = data.load_problems(source, "--data", rewards.extract_answer, rewards.parse_error)
+        problems = data.load_problems(source, "--data")
         if not problems:
             raise ValueError(f"--data {name}: holds no problem with an answer that can be checked")
         short = name if name in BENCHMARKS else Path(name).stem
@@ -296,73 +244,23 @@ def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
     return {"model": args.model, "samples": args.samples, "temperature": args.temperature,
             "top_p": args.top_p, "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
             "instruction": args.instruction, "instruction_role": args.instruction_role,
-            "template": cache.fingerprint(tokenizer.chat_template or "plain"), "segments": args.segments,
-            "paths": args.paths if args.segments else None,
-            "checker": cache.fingerprint((here / "rewards.py").read_text()),
+            "template": fingerprint(tokenizer.chat_template or "plain"),
+            "checker": fingerprint((here / "answers.py").read_text()),
             "data": {name: {"source": source, "problems": len(problems),
-                            "hash": cache.fingerprint([p.id for p in problems])}
+                            "hash": fingerprint([p.id for p in problems])}
                      for name, (source, problems) in sets.items()},
             "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
             "transformers": transformers.__version__}
 
 
-def first_paths(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
-                prompts: dict[str, list[int]], records: list[dict], keep: Callable) -> dict[str, list[int]]:
-    """The paths that --segments cuts, token ids by problem id."""
-    tokenizer = evaluator.tokenizer
-    if args.paths == "solutions":
-        return data.encode_solutions(problems, tokenizer, args.max_response, "--paths", "left out")
-    if args.paths != "policy":
-        vocabulary = cache.fingerprint(tokenizer.get_vocab())
-        entries = cache.load(Path(args.paths), vocabulary, {p.id for p in problems}, len(tokenizer), print)
-        return {name: entry.response_ids for name, entry in entries.items()}
-    done = {r["id"] for r in records if r["kept"] is None}
-    todo = [p for p in problems if p.id not in done]
-    requests = [rollout.Request(prompts[p.id], args.max_response, [(args.seed, int(p.id, 16), 10**6)])
-                for p in todo]
-    rollout.generate(evaluator.model, requests, evaluator.how, evaluator.memory, "paths",
-                     lambda i, rows: keep({"id": todo[i].id, "kept": None, "path": rows[0].ids}))
-    return {r["id"]: r["path"] for r in records if r["kept"] is None}
-
-
-def run_segments(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
-                 prompts: dict[str, list[int]], records: list[dict], keep: Callable) -> dict[str, object]:
-    """Continue every fraction of every path; its figures. keep: puts a record into `records`."""
-    paths = first_paths(args, evaluator, problems, prompts, records, keep)
-    problems = [p for p in problems if p.id in paths]
-    if not problems:
-        raise ValueError(f"--paths {args.paths}: no path for a problem of --data")
-    texts = evaluator.tokenizer.batch_decode([paths[p.id] for p in problems], skip_special_tokens=True)
-    right = evaluator.checker.check([(text, p.answer) for text, p in zip(texts, problems)])
-    for number, f in enumerate(args.segments):
-        done = {r["id"] for r in records if r["kept"] == f}
-        # a path that is kept whole has nothing left to sample: at least its last token is sampled again
-        work = [(p, prompts[p.id], paths[p.id][:min(int(f * len(paths[p.id])), len(paths[p.id]) - 1)],
-                 (number,)) for p in problems if p.id not in done]
-        evaluator.run(work, args.samples, keep, f"{f:g} kept", kept=f)
-    rows = {f: [r for r in records if r["kept"] == f] for f in args.segments}
-    return {"problems": len(problems)} | segment_figures(rows, dict(zip((p.id for p in problems), right)))
-
-
-def print_results(results: dict[str, dict], segments: bool) -> None:
+def print_results(results: dict[str, dict]) -> None:
     for name, r in results.items():
-        if segments:
-            print(f"{name}: {r['problems']} problems; accuracy (95 % interval) by fraction of the path kept\n"
-                  f"{'kept':>6s} {'all':>22s} {'path was right':>22s} {'path was wrong':>22s}")
-            for row in r["table"]:
-                cells = [f"{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})" if (x := row[key]) else "-"
-                         for key in ("all", "right", "wrong")]
-                print(f"{row['kept']:6g} " + " ".join(f"{cell:>22s}" for cell in cells))
-            for key in ("largest_fall", "largest_rise"):
-                print(f"{key.replace('_', ' ')} of the success rate, problems by segment: "
-                      + (", ".join(f"{s}: {v['problems']}" for s, v in r[key].items()) or "none"))
-        else:
-            k = r["samples"]
-            print(f"{name}: {r['problems']} problems, avg@{k} {r['avg']:.4f} "
-                  f"({r['avg_low']:.4f}-{r['avg_high']:.4f}), "
-                  + "".join(f"{x} {r[x]:.4f}, " for x in r if x.startswith("pass@"))
-                  + f"maj@{k} {r['maj']:.4f}, mean response {r['length']:.0f} tokens, "
-                  f"{r['finished']:.1%} finished, {r['no_answer']:.1%} without an answer")
+        k = r["samples"]
+        print(f"{name}: {r['problems']} problems, avg@{k} {r['avg']:.4f} "
+              f"({r['avg_low']:.4f}-{r['avg_high']:.4f}), "
+              + "".join(f"{x} {r[x]:.4f}, " for x in r if x.startswith("pass@"))
+              + f"maj@{k} {r['maj']:.4f}, mean response {r['length']:.0f} tokens, "
+              f"{r['finished']:.1%} finished, {r['no_answer']:.1%} without an answer")
         print(f"{name}: {r['seconds']:.0f} s, {r['tokens_sampled']:,} tokens, {r['tokens_per_s']:.0f} "
               "tokens/s (of this call)")
 
@@ -389,6 +287,12 @@ def compare(first: str, second: str) -> None:
               f"{len(ids)} problems")
 
 
+def fail(program: str, code: int, error: object) -> int:
+    """Say in one line why a program ends with that exit code."""
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -398,35 +302,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         sets = load_problems(args)
         folder = data.find_model(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         protocol = protocol_of(args, tokenizer, sets)
-        out = Path(args.out or f"runs/eval-{folder.name}-{cache.fingerprint(protocol)[:6]}")
+        out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
-        earlier = {name: resumed(out / f"responses-{name}.jsonl", cache.fingerprint(protocol))
+        earlier = {name: resumed(out / f"responses-{name}.jsonl", fingerprint(protocol))
                    for name in sets}
-        model = rpo.load_policy(folder, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        eos = data.eos_ids(tokenizer, model.generation_config.eos_token_id)
-        how = rollout.Sampling(eos, len(tokenizer), args.temperature, args.top_p, args.top_k)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        policy = load_policy(folder, len(tokenizer), device, dtype, weights=dtype)
+        eos_ids = data.eos_ids(tokenizer, policy.model.generation_config.eos_token_id)
+        cut = functools.partial(truncate, top_p=args.top_p, top_k=args.top_k)
+        how = rollout.Sampling(eos_ids, len(tokenizer), args.temperature,
+                               cut if args.top_k or args.top_p < 1 else None)
         results = {}
-        with rewards.Checker(loose=False) as checker:
-            evaluator = Evaluator(model, tokenizer, how, checker,
+        with Checker() as checker:
+            evaluator = Evaluator(policy, tokenizer, how, checker,
                                   args.memory or rollout.default_memory(device), args.max_response, args.seed)
             for name, (_, problems) in sets.items():
                 results[name] = run_one(args, evaluator, problems, earlier[name],
                                         out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
-        print(f"eval.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail("eval.py", 2, error)
     (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
-    print_results(results, bool(args.segments))
-    if args.segments:
-        for name, r in results.items():
-            draw_segments(r["table"], args.samples, out / f"segments-{name}")
+    print_results(results)
     print(f"protocol, figures and responses: {out}")
     return 0
 
 
-def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.Problem],
+def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Problem],
             earlier: list[dict], path: Path) -> dict[str, object]:
     """One benchmark: what is missing is sampled, each record written at once."""
     prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction,
@@ -438,13 +341,10 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[data.
             file.write(json.dumps(record) + "\n")
             file.flush()
 
-        if args.segments:
-            figures = run_segments(args, evaluator, problems, prompts, records, keep)
-        else:
-            done = {r["id"] for r in records}
-            evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples,
-                          keep, "responses")
-            figures = summarise(records)
+        done = {r["id"] for r in records}
+        evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples, keep,
+                      "responses")
+    figures = summarise(records)
     seconds = time.perf_counter() - start
     sampled = sum(sum(r.get("tokens", [])) for r in records[len(earlier):])
     return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}

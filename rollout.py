@@ -1,8 +1,7 @@
 """Batched KV-cache generation that continues from cached prefixes.
 
 The context of a problem (prompt + prefix) is computed and stored once, whatever the number of suffixes; each
-suffix keeps only its own keys and values. Rows that finish leave, problems that wait enter.
-"""
+suffix keeps only its own keys and values. Rows that finish leave, problems that wait enter."""
 from __future__ import annotations
 
 import contextlib
@@ -15,20 +14,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from data import Problem
-from rpo import Packed, Span, hidden_states, is_shared, merge_attention, partial_attention
+from policy import Packed, Policy, Span, Tree, halve_to_fit, merge_attention, pack, partial_attention
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
-PACKED_FROM = 2**18  # elements: with fewer, a call with packed weights costs more than it saves
 
-
-@dataclass
+@dataclass(frozen=True)
 class Request:
     """One context to be continued `len(seeds)` times."""
-
     context: list[int]  # prompt + prefix token ids
     budget: int  # most new tokens of a row
     seeds: list[tuple[int, ...]]  # one per row: whatever else is in the batch, it draws the same numbers
@@ -37,48 +32,24 @@ class Request:
 @dataclass
 class Suffix:
     """One sampled continuation."""
-
     ids: list[int] = field(default_factory=list)  # EOS included when it finished
     logprobs: list[float] = field(default_factory=list)  # at the sampling temperature; diagnosis only
     finished: bool = False  # ended by an EOS id, not by the budget
 
 
-@dataclass
-class Group:
-    """One problem's rollout: everything that happened to it, as ragged lists."""
-
-    problem: Problem
-    prompt_ids: list[int]
-    prefix_ids: list[int]  # the kept part of the cached path; empty: a full path
-    suffixes: list[Suffix]
-    cut: int = 0  # tokens of the cached path that were dropped; 0: a full path
-    budget: int = 0  # tokens that a suffix could have had
-    accuracy: list[float] = field(default_factory=list)  # 1.0 where the final answer is right
-    rewards: list[float] = field(default_factory=list)  # what the advantages are made of
-    parts: dict[str, list[float]] = field(default_factory=dict)  # what the rewards are made of, unweighted
-
-    @property
-    def responses(self) -> list[list[int]]:
-        return [self.prefix_ids + suffix.ids for suffix in self.suffixes]
-
-
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
-
+    """How a token is drawn."""
     eos_ids: tuple[int, ...]
     vocab_size: int  # ids from there on (padded embedding rows) are never sampled
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float = 1.0  # 0: greedy
+    truncate: Callable[[torch.Tensor], torch.Tensor] | None = None  # weights (R, V) -> 0 where never sampled
 
 
 def sample(logits: torch.Tensor, uniforms: torch.Tensor, how: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (R, V), uniforms (R,) float32 in [0, 1) -> ids (R,) int64, log-probs (R,) float32.
-
     Draws by inverting the cumulative distribution, so that a row depends on its own logits and number only.
-    The log-prob is that of the whole distribution at the temperature, before top-k and top-p.
-    """
+    The log-prob is that of the whole distribution at the temperature, before it is truncated."""
     logits = logits[:, :how.vocab_size].float()
     scaled = logits if how.temperature in (0, 1) else logits / how.temperature
     top = scaled.amax(-1, keepdim=True)
@@ -87,34 +58,14 @@ def sample(logits: torch.Tensor, uniforms: torch.Tensor, how: Sampling) -> tuple
     if how.temperature == 0:
         ids = logits.argmax(-1)
     else:
-        if how.top_k or how.top_p < 1:
-            weights = _truncate(weights, how.top_p, how.top_k or min(1024, weights.shape[1]), not how.top_k)
-        ids = _invert(weights, uniforms)
+        ids = _invert(how.truncate(weights) if how.truncate else weights, uniforms)
     return ids, scaled.gather(1, ids[:, None])[:, 0] - normaliser
-
-
-def _truncate(weights: torch.Tensor, top_p: float, largest: int, more: bool) -> torch.Tensor:
-    """weights (R, V) with zeros beyond the `largest` ones, and beyond those that make up top_p of the total.
-
-    more: a row whose `largest` ones do not reach top_p is looked at whole. Sorting all rows whole is slow.
-    """
-    ranked, order = weights.topk(largest)
-    mass, enough = ranked.cumsum(-1), top_p * weights.sum(-1, keepdim=True)
-    if top_p < 1:
-        ranked = ranked.masked_fill(mass - ranked >= enough, 0.0)  # the token that crosses top_p stays
-    kept = torch.zeros_like(weights).scatter_(1, order, ranked)
-    short = (mass[:, -1:] < enough)[:, 0]
-    if more and largest < weights.shape[1] and short.any():
-        kept[short] = _truncate(weights[short], top_p, weights.shape[1], False)
-    return kept
 
 
 def _invert(weights: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> torch.Tensor:
     """First column where the running sum of `weights` (R, V) exceeds `uniforms` (R,) of the total.
-
     In two steps, the block and then the column in it: running sums over a whole vocabulary are slow. The
-    thresholds stay below the sums even after rounding, so that a weight of 0 is never reached.
-    """
+    thresholds stay below the sums even after rounding, so that a weight of 0 is never reached."""
     blocks = F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
     sums = blocks.sum(-1).cumsum(-1)
     threshold = (uniforms * (1 - 2**-22) * sums[:, -1])[:, None]
@@ -127,14 +78,12 @@ def _invert(weights: torch.Tensor, uniforms: torch.Tensor, block: int = 256) -> 
 
 class Decoder:
     """Keys and values of everything in flight, and the attention of one decode step over them.
-
     Slots for contexts (per layer keys (contexts, H_kv, P, D)) and for rows of suffixes ((rows, H_kv, S, D)),
     allocated once and written in place. The first ones are active; one that leaves is filled by the last.
-    Memory grows as P + G*S, not G*(P + S).
-    """
+    Memory grows as P + G*S, not G*(P + S)."""
 
-    def __init__(self, model: PreTrainedModel, contexts: int, rows: int, context_len: int, suffix_len: int):
-        self.model, self.device = model, model.device
+    def __init__(self, policy: Policy, contexts: int, rows: int, context_len: int, suffix_len: int):
+        self.policy, self.device = policy, policy.device
         self.sizes = (contexts, rows, context_len, suffix_len)
         self.context_kv: torch.Tensor | None = None  # (2, layers, contexts, H_kv, context_len, D)
         self.suffix_kv: torch.Tensor | None = None  # (2, layers, rows, H_kv, suffix_len, D)
@@ -149,23 +98,20 @@ class Decoder:
         while names:
             ends = np.cumsum([len(contexts[name]) for name in names])
             fit = max(1, int(np.searchsorted(ends, PREFILL_TOKENS, side="right")))
-            part, ends, names = names[:fit], ends[:fit], names[fit:]
-            lens = [len(contexts[name]) for name in part]
-            ids = torch.tensor([[t for name in part for t in contexts[name]]], device=self.device)
-            positions = torch.tensor([[t for n in lens for t in range(n)]], device=self.device)
-            spans = [(int(end) - n, n, 0, 0) for n, end in zip(lens, ends)]
-            states = hidden_states(self.model, ids, positions, Packed(spans, self._store_contexts))
-            last = torch.tensor(ends - 1, device=self.device)
-            logits.append(self.model.get_output_embeddings()(states[last]))
+            part, names = names[:fit], names[fit:]
+            batch = pack([Tree(contexts[name], [[0]]) for name in part], self.device)  # predicts one token
+            layout = Packed(batch.spans, self.policy.fused, self._store_contexts)
+            states = self.policy.states(batch.input_ids, batch.position_ids, layout)
+            logits.append(self.policy.logits(states[batch.index[:, 0]]))
             self.names += part
-            self.context_lens += lens
+            self.context_lens += [len(contexts[name]) for name in part]
         return torch.cat(logits)
 
     def _store_contexts(self, spans: list[Span], layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Take the contexts' keys and values of one layer, (1, H_kv, N, D), while they are computed."""
         if self.context_kv is None:
             contexts, rows, context_len, suffix_len = self.sizes
-            layers, (_, heads, _, dim) = self.model.config.num_hidden_layers, value.shape
+            layers, (_, heads, _, dim) = self.policy.model.config.num_hidden_layers, value.shape
             make = value.new_zeros  # finite everywhere: a masked weight 0 times NaN would be NaN
             self.context_kv = make(2, layers, contexts, heads, context_len, dim)
             self.suffix_kv = make(2, layers, rows, heads, suffix_len, dim)
@@ -181,9 +127,9 @@ class Decoder:
         """Feed one token per row; logits (R, V) for the next."""
         positions = [self.context_lens[slot] + n for slot, n in zip(self.owner, self.lens)]
         self._start_step()
-        states = hidden_states(self.model, torch.tensor(ids, device=self.device)[:, None],
-                               torch.tensor(positions, device=self.device)[:, None], self)
-        return self.model.get_output_embeddings()(states)
+        states = self.policy.states(torch.tensor(ids, device=self.device)[:, None],
+                                    torch.tensor(positions, device=self.device)[:, None], self)
+        return self.policy.logits(states)
 
     def keep(self, rows: list[int], names: set[int]) -> None:
         """Drop all rows but `rows`, the new row i being the old rows[i], and all contexts but `names`."""
@@ -233,74 +179,24 @@ class Decoder:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float) -> torch.Tensor:
         """One new token per row: query (R, H, 1, D), key and value (R, H_kv, 1, D) -> (R, 1, H, D).
-
         Attention to the context is one product per context for all its rows, merged with the attention to the
-        row's own suffix by log-sum-exp (arXiv 2402.05099, 2403.08845): exact.
-        """
+        row's own suffix by log-sum-exp (arXiv 2402.05099, 2403.08845): exact."""
         n = len(self.context_lens)
         for kind, x in enumerate((key, value)):
             self.suffix_kv[kind, layer][self.place] = x[:, :, 0].to(value.dtype)
         query = query.to(value.dtype)  # (R, H, 1, D)
         own_kv = self.suffix_kv[:, layer, :len(query), :, :self.s]
-        own = partial_attention(query, *own_kv, scaling, self.s_mask)
+        own = partial_attention(query, *own_kv, scaling, self.s_mask, self.policy.fused)
         q = query[:, :, 0]
         if not self.dense:
             q = q.new_zeros(n * self.lanes, *q.shape[1:]).index_copy(0, self.cells, q)
         q = q.unflatten(0, (n, self.lanes)).transpose(1, 2)  # (n, H, lanes, D)
-        shared = partial_attention(q, *self.context_kv[:, layer, :n, :, :self.p], scaling, self.p_mask)
+        context_kv = self.context_kv[:, layer, :n, :, :self.p]
+        shared = partial_attention(q, *context_kv, scaling, self.p_mask, self.policy.fused)
         shared = (x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in shared)
         if not self.dense:
             shared = (x[self.cells] for x in shared)
         return merge_attention(*own, *shared).to(value.dtype).transpose(1, 2)
-
-
-class PlainDecoder:
-    """For other architectures, slower: transformers' own cache, one per context. Rows of it come together."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model, self.device = model, model.device
-        self.caches: dict[int, Cache] = {}
-        self.owner: list[int] = []  # per row: its cache
-
-    @property
-    def names(self) -> list[int]:
-        return list(self.caches)
-
-    def prefill(self, contexts: dict[int, list[int]]) -> torch.Tensor:
-        logits = []
-        for name, context in contexts.items():
-            ids = torch.tensor([context], device=self.device)
-            out = self.model(ids, use_cache=True, logits_to_keep=1)
-            self.caches[name] = out.past_key_values
-            logits.append(out.logits[0])
-        return torch.cat(logits)
-
-    def add_row(self, name: int) -> None:
-        self.owner.append(name)
-
-    def decode(self, ids: list[int]) -> torch.Tensor:
-        logits: list[torch.Tensor] = [None] * len(ids)
-        for name, kv in self.caches.items():
-            rows = [i for i, owner in enumerate(self.owner) if owner == name]  # of one length: no mask
-            if self._batch(name) < len(rows):  # all enter together; some may have left after the first token
-                kv.batch_repeat_interleave(len(rows))
-            tokens = torch.tensor([[ids[i]] for i in rows], device=self.device)
-            for i, row in zip(rows, self.model(tokens, past_key_values=kv, use_cache=True).logits[:, -1]):
-                logits[i] = row
-        return torch.stack(logits)
-
-    def _batch(self, name: int) -> int:
-        return self.caches[name].layers[0].keys.shape[0]
-
-    def keep(self, rows: list[int], names: set[int]) -> None:
-        for name in list(self.caches):
-            before = [i for i, owner in enumerate(self.owner) if owner == name]
-            left = [before.index(i) for i in rows if self.owner[i] == name]
-            if name not in names:
-                del self.caches[name]
-            elif left != list(range(len(before))) and self._batch(name) > 1:
-                self.caches[name].batch_select_indices(torch.tensor(left, device=self.device))
-        self.owner = [self.owner[i] for i in rows]
 
 
 def _fill_holes(size: int, alive: set[int]) -> list[int]:
@@ -316,18 +212,18 @@ def default_memory(device: torch.device) -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / 2**30
 
 
-def slots(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int, memory: float,
-          shared: bool = True) -> tuple[int, int]:
-    """How many (contexts, rows) of those sizes `memory` GiB hold. Raises ValueError where not one group fits.
-
-    config: of the model. shared: the context is stored once, not once per row. Three times the contexts that
-    the rows need at the start: those whose last rows are long go on while others enter. Counts keys and
-    values, each row's logits and three copies of them, all in float32.
-    """
+def group_bytes(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int) -> tuple[int, int]:
+    """Bytes of (one context, the rows of its group): keys, values, logits and three copies, all float32."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
-    context_bytes = (context_len if shared else group * context_len) * token_bytes + 4 * config.vocab_size
-    rows_bytes = group * (suffix_len * token_bytes + 16 * config.vocab_size)
+    return (context_len * token_bytes + 4 * config.vocab_size,
+            group * (suffix_len * token_bytes + 16 * config.vocab_size))
+
+
+def slots(context_bytes: int, rows_bytes: int, group: int, memory: float) -> tuple[int, int]:
+    """How many (contexts, rows) `memory` GiB hold. Raises ValueError if they do not hold one group.
+    Three times the contexts that the rows need at the start: those with a long last row stay while new ones
+    enter."""
     groups = int(memory * 2**30 / (3 * context_bytes + rows_bytes))
     if groups >= 1:
         return 3 * groups, groups * group
@@ -339,13 +235,11 @@ def slots(config: PreTrainedConfig, context_len: int, suffix_len: int, group: in
 
 
 @contextlib.contextmanager
-def packed_weights(model: PreTrainedModel, tokens: int) -> Iterator[None]:
-    """On a CPU in float32: linear layers with a copy of their weights laid out for oneDNN, in here only.
-
+def packed_weights(model: PreTrainedModel, tokens: int, smallest: int = 2**18) -> Iterator[None]:
+    """On a CPU in float32: in here, linear layers use a copy of their weights that is laid out for oneDNN.
     That is up to twice as fast for the few rows of a decode step. For fewer than 16 tokens a row the copying
-    does not pay, nor for small matrices.
-    """
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= PACKED_FROM]
+    does not pay, nor for matrices of fewer than `smallest` elements."""
+    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and m.weight.numel() >= smallest]
     if model.device.type != "cpu" or model.dtype != torch.float32 or tokens < 16 or \
             not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
         layers = []
@@ -361,46 +255,57 @@ def packed_weights(model: PreTrainedModel, tokens: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling, memory: float,
-             label: str = "",
+def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory: float, label: str = "",
              done_with: Callable[[int, list[Suffix]], None] | None = None) -> list[list[Suffix]]:
     """Continue each request's context once per seed; returns one list of suffixes per request, in order.
-
-    memory: GiB for keys and values. label: names the progress bar, which appears after 5 seconds. done_with:
-    called with the number of a request and its suffixes as soon as they are whole. Raises
-    ValueError where one group alone does not fit into the memory or a budget is below 1.
+    memory: GiB for keys and values, halved when the device runs out of it. label: of the progress bar, which
+    appears after 5 seconds. done_with: called with the number of a request and its suffixes once complete.
+    Raises ValueError if a request has no context or no budget, or if a group alone does not fit into memory.
     """
+    results: dict[int, list[Suffix]] = {}
     if not requests:
         return []
-    with packed_weights(model, max(r.budget for r in requests)):
-        return _generate(model, requests, how, memory, label, done_with)
-
-
-def _generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling, memory: float, label: str,
-              done_with: Callable[[int, list[Suffix]], None] | None) -> list[list[Suffix]]:
     if min(r.budget for r in requests) < 1 or not all(r.context for r in requests):
         raise ValueError("every request needs a context and room for at least one new token")
-    context_len, suffix_len = max(len(r.context) for r in requests), max(r.budget for r in requests)
-    shared, total = is_shared(model), sum(len(r.seeds) for r in requests)
-    group = max(len(r.seeds) for r in requests)
-    contexts, rows_max = slots(model.config, context_len, suffix_len, group, memory, shared)
-    contexts, rows_max = min(contexts, len(requests)), min(rows_max, total)
-    decoder = Decoder(model, contexts, rows_max, context_len, suffix_len) if shared else PlainDecoder(model)
-    results = [[Suffix() for _ in r.seeds] for r in requests]
+    context_len, suffix_len, group = (max(column) for column in zip(
+        *((len(r.context), r.budget, len(r.seeds)) for r in requests)))
+    size = group_bytes(policy.model.config, context_len, suffix_len, group)
+
+    def finish(i: int, suffixes: list[Suffix]) -> None:
+        results[i] = suffixes
+        if done_with:
+            done_with(i, suffixes)
+
+    def attempt(memory: float) -> None:
+        waiting = {i: r for i, r in enumerate(requests) if i not in results}  # finished ones are kept
+        contexts, rows = slots(*size, group, memory)
+        contexts, rows = min(contexts, len(waiting)), min(rows, sum(len(r.seeds) for r in waiting.values()))
+        decoder = Decoder(policy, contexts, rows, context_len, suffix_len)
+        _generate(decoder, waiting, how, label, finish)
+
+    with policy.autocast(), packed_weights(policy.model, suffix_len):
+        halve_to_fit(attempt, memory, sum(size) / 2**30, "--rollout-memory")
+    return [results[i] for i in range(len(requests))]
+
+
+def _generate(decoder: Decoder, requests: dict[int, Request], how: Sampling, label: str,
+              finish: Callable[[int, list[Suffix]], None]) -> None:
+    contexts, rows_max, device = *decoder.sizes[:2], decoder.device
+    results = {i: [Suffix() for _ in r.seeds] for i, r in requests.items()}
     # longest budgets first, so that the end is not one row; contexts of similar length share their padding
-    order = sorted(range(len(requests)), key=lambda i: (-requests[i].budget, -len(requests[i].context)))
+    order = sorted(requests, key=lambda i: (-requests[i].budget, -len(requests[i].context)))
     waiting = deque((i, row) for i in order for row in range(len(requests[i].seeds)))
     active: list[tuple[int, int]] = []  # (request, row in it) per decoder row
     uniforms: list[np.ndarray] = []
     first_logits: dict[int, torch.Tensor] = {}  # of contexts whose rows have not all entered
-    rows_left = [len(r.seeds) for r in requests]
-    bar = tqdm(total=total, desc=label, unit="row", leave=False, delay=5)
-    logits = torch.empty(0, device=model.device)
+    rows_left = {i: len(r.seeds) for i, r in requests.items()}
+    bar = tqdm(total=len(waiting), desc=label, unit="row", leave=False, delay=5)
+    logits = torch.empty(0, device=device)
     while waiting or active:
         entering, loaded = [], set(decoder.names)
-        while waiting and (free := rows_max - len(active) - len(entering)):
+        while waiting and len(active) + len(entering) < rows_max:
             i = waiting[0][0]
-            if i not in loaded and (len(loaded) == contexts or not shared and free < len(requests[i].seeds)):
+            if i not in loaded and len(loaded) == contexts:
                 break
             loaded.add(i)
             entering.append(waiting.popleft())
@@ -416,7 +321,7 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling
             logits = torch.cat([logits, torch.stack([first_logits[i] for i, _ in entering])])
             first_logits = {i: x for i, x in first_logits.items() if waiting and waiting[0][0] == i}
         suffixes = [results[i][row] for i, row in active]
-        draws = torch.tensor([u[len(s.ids)] for u, s in zip(uniforms, suffixes)], device=model.device)
+        draws = torch.tensor([u[len(s.ids)] for u, s in zip(uniforms, suffixes)], device=device)
         ids, logprobs = (x.tolist() for x in sample(logits, draws, how))
         done = set()
         for place, suffix in enumerate(suffixes):
@@ -428,13 +333,12 @@ def _generate(model: PreTrainedModel, requests: Sequence[Request], how: Sampling
         for place in done:
             i = active[place][0]
             rows_left[i] -= 1
-            if done_with and not rows_left[i]:
-                done_with(i, results[i])
+            if not rows_left[i]:
+                finish(i, results[i])
         if done:
             keep = _fill_holes(len(active), set(range(len(active))) - done)
             active, uniforms, ids = ([x[i] for i in keep] for x in (active, uniforms, ids))
             decoder.keep(keep, {i for i, _ in active} | set(first_logits))
             bar.update(len(done))
-        logits = decoder.decode(ids) if active else torch.empty(0, device=model.device)
+        logits = decoder.decode(ids) if active else torch.empty(0, device=device)
     bar.close()
-    return results

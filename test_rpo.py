@@ -1,5 +1,6 @@
 """Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
 import contextlib
+import copy
 import dataclasses
 import itertools
 import json
@@ -12,48 +13,50 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig,
-                          LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel,
+                          PreTrainedTokenizerBase, Qwen2Model)
 
+import answers
 import cache
 import data
 import eval as evaluation
+import policy as policies
 import rewards
 import rollout
 import rpo
 import train
-from rewards import Checker, extract_answer, is_correct, length_rewards, parse_error
+from answers import Checker, extract_answer, is_correct, parse_error
+from policy import Policy, Tree, pack, padded
+from rewards import Group, length_rewards
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
 TINY = Path(__file__).parent / "tiny"
 SHARED = Path(__file__).parent.parent / "shared"  # labelled answers, where they are at hand
 needs_shared = pytest.mark.skipif(not (SHARED / "verifier").is_dir(), reason="labelled answers not present")
-ARCHITECTURES = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-                 "llama": (LlamaConfig, LlamaForCausalLM)}
+KINDS = ["Qwen2", "Qwen3", "Llama"]
 VOCAB = 60
 
 
-def random_model(kind: str, **sizes) -> torch.nn.Module:
+def random_model(kind: str, **sizes) -> PreTrainedModel:
     """A small random model with grouped-query attention; weights so large that its logits differ clearly."""
-    config_class, model_class = ARCHITECTURES[kind]
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, vocab_size=VOCAB + 4, max_position_embeddings=256,
                  initializer_range=0.25, bos_token_id=None, eos_token_id=None, pad_token_id=None) | sizes
     torch.manual_seed(0)
-    return model_class(config_class(**sizes)).eval()
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def shared(model: torch.nn.Module) -> torch.nn.Module:
-    assert rpo.use_shared_prefix(model) == "" and rpo.is_shared(model)
-    return model
-
-
-def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
     """float64 throughout: transformers computes RMSNorm in float32 always, which hides errors of 1e-9."""
     model = model.double()
     for module in model.modules():
@@ -68,7 +71,7 @@ def token_lists(seed: int, lengths: list[int]) -> list[list[int]]:
     return [rng.integers(0, VOCAB, n).tolist() for n in lengths]
 
 
-def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def plain_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """An ordinary forward over one whole sequence (sdpa: eager has its softmax in float32 always)."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"
@@ -76,6 +79,32 @@ def plain_logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0]
     finally:
         model.config._attn_implementation = before
+
+
+def plain_logprobs(model: PreTrainedModel, context: list[int], suffix: list[int], temperature: float,
+                   vocab_size: int = VOCAB) -> torch.Tensor:
+    logits = plain_logits(model, context + suffix)[len(context) - 1:-1, :vocab_size] / temperature
+    return logits.log_softmax(-1)[range(len(suffix)), suffix]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).detach().norm() / want.detach().norm().clamp_min(1e-30))
+
+
+@contextlib.contextmanager
+def hooked(kind: type, before: Callable = lambda: None, after: Callable = lambda out: None) -> Iterator[None]:
+    """Call `before` and `after`, which may give another output, around each forward of such a module."""
+    hooks = torch.nn.modules.module
+    with contextlib.ExitStack() as handles:
+        handles.enter_context(hooks.register_module_forward_pre_hook(
+            lambda module, inputs: before() if isinstance(module, kind) else None))
+        handles.enter_context(hooks.register_module_forward_hook(
+            lambda module, inputs, out: after(out) if isinstance(module, kind) else None))
+        yield
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("scarce")
 
 
 # ---------------------------------------------------------------------------- rollout
@@ -88,23 +117,26 @@ def greedy_by_generate(model, context: list[int], budget: int, eos: tuple[int, .
     return out[0, len(context):].tolist()
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("memory", [1.0, 0.0006])  # the second one lets in a few problems at a time
-@pytest.mark.parametrize("fused", [("cpu",), ()])  # the second one is what other devices run
-def test_greedy_equals_generate_for_ragged_prefixes(kind, memory, fused, monkeypatch):
-    monkeypatch.setattr(rpo, "FUSED", fused)
-    monkeypatch.setattr(rollout, "PACKED_FROM", 0)  # the weights of this small model, too
+@pytest.mark.parametrize("fused", [True, False])  # the second one is what other devices run
+def test_greedy_equals_generate_for_ragged_prefixes(kind, memory, fused):
     contexts = token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2])
     budgets = [12, 5, 20, 1, 9, 14, 7, 3]
     model = random_model(kind, vocab_size=VOCAB)
     free = [greedy_by_generate(model, c, b, ()) for c, b in zip(contexts, budgets)]
     eos = (free[0][4], free[5][2])  # ids that do come up, so that rows leave early and at different times
-    expected = [greedy_by_generate(model, c, b, eos) for c, b in zip(contexts, budgets)]
+    expected = [next((f[:i + 1] for i, token in enumerate(f) if token in eos), f) for f in free]
     assert len({len(e) for e in expected}) > 3
     groups = [1, 3, 2, 1, 4, 2, 3, 1]
     requests = [rollout.Request(c, b, [(0,)] * g) for c, b, g in zip(contexts, budgets, groups)]
     how = rollout.Sampling(eos, VOCAB, temperature=0)
-    results = rollout.generate(shared(model), requests, how, memory)
+    policy = Policy(model, VOCAB)
+    policy.fused = fused
+    with rollout.packed_weights(model, 99, smallest=0):  # of this small model, too
+        assert "forward" in vars(model.lm_head)
+        results = rollout.generate(policy, requests, how, memory)
+    assert "forward" not in vars(model.lm_head)
     for request, suffixes, want in zip(requests, results, expected):
         assert len(suffixes) == len(request.seeds)
         for suffix in suffixes:
@@ -112,33 +144,63 @@ def test_greedy_equals_generate_for_ragged_prefixes(kind, memory, fused, monkeyp
             assert suffix.finished == (want[-1] in eos)
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_sampled_logprobs_are_those_of_a_plain_forward(kind):
-    model = shared(random_model(kind))
+    policy = Policy(random_model(kind), VOCAB)
     contexts = token_lists(2, [4, 21, 11])
     requests = [rollout.Request(c, b, [(7, i, row) for row in range(5)])
                 for i, (c, b) in enumerate(zip(contexts, [9, 3, 14]))]
     how = rollout.Sampling((3, 5), VOCAB, temperature=0.7)
-    for request, suffixes in zip(requests, rollout.generate(model, requests, how, 1.0)):
+    for request, suffixes in zip(requests, rollout.generate(policy, requests, how, 1.0)):
         assert len({tuple(s.ids) for s in suffixes}) > 1
         for suffix in suffixes:
-            logits = plain_logits(model, request.context + suffix.ids)
-            logits = logits[len(request.context) - 1:-1, :VOCAB] / 0.7
-            want = logits.log_softmax(-1)[range(len(suffix.ids)), suffix.ids]
+            want = plain_logprobs(policy.model, request.context, suffix.ids, 0.7)
             assert torch.allclose(torch.tensor(suffix.logprobs), want, atol=1e-4)
 
 
 def test_a_row_does_not_depend_on_what_else_is_in_the_batch():
-    model = shared(random_model("qwen2"))
+    policy = Policy(random_model("Qwen2"), VOCAB)
     requests = [rollout.Request(c, 12, [(3, i, row) for row in range(4)])
                 for i, c in enumerate(token_lists(3, [5, 19, 8, 13]))]
     how = rollout.Sampling((1, 2), VOCAB)
-    together = rollout.generate(model, requests, how, 1.0)
-    alone = [rollout.generate(model, [r], how, 1.0)[0] for r in requests]
+    together = rollout.generate(policy, requests, how, 1.0)
+    alone = [rollout.generate(policy, [r], how, 1.0)[0] for r in requests]
     assert [[s.ids for s in group] for group in together] == [[s.ids for s in group] for group in alone]
 
 
+def test_out_of_memory_while_sampling_halves_the_memory_and_keeps_what_is_finished(capsys):
+    policy, done, failed = Policy(random_model("Qwen2"), VOCAB), [], []
+    requests = [rollout.Request(c, budget, [(i, row) for row in range(3)])
+                for i, (c, budget) in enumerate(zip(token_lists(3, [5, 19, 8, 13]), [4, 9, 12, 6]))]
+    how = rollout.Sampling((), VOCAB)
+    want = rollout.generate(policy, requests, how, 0.013)
+
+    def scarce() -> None:
+        if done and not failed:  # after a first request is finished
+            failed.extend(done)
+            out_of_memory()
+    with hooked(Qwen2Model, scarce):
+        got = rollout.generate(policy, requests, how, 0.013, "", lambda *finished: done.append(finished))
+    assert failed and sorted(done) == list(enumerate(got))  # each of them once
+    assert [[s.ids for s in group] for group in got] == [[s.ids for s in group] for group in want]
+    assert "half of --rollout-memory 0.013" in capsys.readouterr().out
+    with hooked(Qwen2Model, out_of_memory), pytest.raises(torch.OutOfMemoryError):
+        rollout.generate(policy, requests, how, 0.013)
+
+
+def test_slots_and_bytes_by_hand():
+    # a token: keys and values of 3 layers, 2 heads of 8, 4 bytes: 384; logits of 64 ids: 256 bytes a copy
+    context, rows = rollout.group_bytes(random_model("Qwen2").config, 10, 5, 4)
+    assert (context, rows) == (10 * 384 + 256, 4 * (5 * 384 + 4 * 256))
+    gib = (3 * context + rows) / 2**30
+    assert rollout.slots(context, rows, 4, 2.5 * gib) == (6, 8)  # two groups; three contexts each
+    assert rollout.slots(context, rows, 4, 0.99 * gib) == (1, 4)
+    with pytest.raises(ValueError, match="--rollout-memory"):
+        rollout.slots(context, rows, 4, (context + rows - 1) / 2**30)
+
+
 def test_sampled_frequencies_are_the_softmax():
+    """A padded embedding row, whose logit is the largest here, was once sampled."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, 9.0])  # the last id lies beyond the tokenizer
     how = rollout.Sampling((), vocab_size=5, temperature=1.5)
     uniforms = torch.from_numpy(np.random.default_rng(0).random(20_000, dtype=np.float32))
@@ -149,6 +211,8 @@ def test_sampled_frequencies_are_the_softmax():
     assert sum(observed) == 20_000  # never the padded id
     chi_square = sum((o - e) ** 2 / e for o, e in zip(observed, expected))
     assert chi_square < 18.47  # 4 degrees of freedom, p = 0.001
+    greedy, _ = rollout.sample(logits[None], uniforms[:1], replace(how, temperature=0))
+    assert greedy.tolist() == [0]
 
 
 def test_a_column_is_drawn_from_many_blocks_as_from_one_running_sum():
@@ -168,7 +232,7 @@ def test_top_p_of_a_large_vocabulary_keeps_what_sorting_keeps():
     scale = torch.tensor([[0.1], [1.0], [2.0], [4.0], [9.0], [0.0]])
     logits = torch.randn(6, 5000, generator=generator) * scale
     probabilities = logits.double().softmax(-1)
-    kept = rollout._truncate((logits - logits.amax(-1, keepdim=True)).exp(), 0.9, 1024, True) > 0
+    kept = evaluation.truncate((logits - logits.amax(-1, keepdim=True)).exp(), 0.9, 0) > 0
     for row, mask in zip(probabilities, kept):
         assert row[mask].sum() >= 0.9 - 1e-5 and row[mask].sum() - row[mask].min() < 0.9 + 1e-5
         assert row[mask].min() >= row[~mask].max() - 1e-12
@@ -179,9 +243,9 @@ def test_top_k_and_top_p_keep_the_crossing_token():
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.3, 0.2]])).expand(1000, -1)
     uniforms = torch.linspace(0, 1 - 2**-24, 1000)  # reaches both ends of the distribution
 
-    def seen(**cut) -> dict[int, int]:
-        ids, _ = rollout.sample(logits, uniforms, rollout.Sampling((), 4, **cut))
-        return dict(Counter(ids.tolist()))
+    def seen(top_p: float = 1.0, top_k: int = 0) -> dict[int, int]:
+        how = rollout.Sampling((), 4, truncate=lambda weights: evaluation.truncate(weights, top_p, top_k))
+        return dict(Counter(rollout.sample(logits, uniforms, how)[0].tolist()))
 
     assert set(seen()) == {0, 1, 2, 3}
     assert set(seen(top_k=2)) == {1, 2}
@@ -191,83 +255,90 @@ def test_top_k_and_top_p_keep_the_crossing_token():
     assert set(seen(top_p=0.01)) == {1}
 
 
-def test_an_architecture_with_sliding_windows_takes_the_plain_path_and_stays_exact():
-    sizes = dict(vocab_size=VOCAB, use_sliding_window=True, sliding_window=6, max_window_layers=1)
-    model = random_model("qwen2", **sizes)
-    assert "sliding_attention" in model.config.layer_types
-    contexts = token_lists(4, [3, 17, 9])
-    free = [greedy_by_generate(model, c, 12, ()) for c in contexts]
-    eos = (free[0][4],)
-    expected = [greedy_by_generate(model, c, 12, eos) for c in contexts]
-    assert "sliding_window" in rpo.use_shared_prefix(model) and not rpo.is_shared(model)
-    requests = [rollout.Request(c, 12, [(0,)] * 3) for c in contexts]
-    for memory in (1.0, 0.0006):
-        results = rollout.generate(model, requests, rollout.Sampling(eos, VOCAB, temperature=0), memory)
-        assert [[s.ids for s in group] for group in results] == [[want] * 3 for want in expected]
-    how = rollout.Sampling(eos, VOCAB)  # rows of a group that part ways and leave at different times
-    requests = [rollout.Request(c, 12, [(i, row) for row in range(8)]) for i, c in enumerate(contexts)]
-    for group, context in zip(rollout.generate(model, requests, how, 1.0), contexts):
-        for suffix in group:
-            logits = plain_logits(model, context + suffix.ids)[len(context) - 1:-1]
-            want = logits.log_softmax(-1)[range(len(suffix.ids)), suffix.ids]
-            assert torch.allclose(torch.tensor(suffix.logprobs), want, atol=1e-4)
-    loss = plain_loss(model, ITEMS, "dapo", 1.0)
-    loss.backward()
-    want = {n: p.grad.clone() for n, p in model.named_parameters()}
-    assert loss_over(model, ITEMS, "dapo", 1.0, 40) == pytest.approx(loss.item(), rel=1e-4)
-    for name, parameter in model.named_parameters():
-        assert relative_error(parameter.grad, want[name]) < 1e-4
-
-
-def test_a_model_whose_logits_are_more_than_its_output_layer_is_refused():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-    config = Gemma2Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                          num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, final_logit_softcapping=2.0,
-                          initializer_range=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with pytest.raises(ValueError, match="soft cap"):
-        rpo.use_shared_prefix(Gemma2ForCausalLM(config).eval())
-
-
 # ------------------------------------------------------------------- shared-prefix log-probs
 
 
-def items_for(rows: list[list[int]], contexts: list[int], seed: int = 5) -> list[rpo.Item]:
-    rng = np.random.default_rng(seed)
-    items = []
-    for i, (context, lengths) in enumerate(zip(token_lists(seed, contexts), rows)):
-        advantages = rng.normal(size=len(lengths)).astype(np.float32).tolist()
-        suffixes = token_lists(seed + i + 1, lengths)
-        items.append(rpo.Item(context, suffixes, advantages, [[0.0] * n for n in lengths], budget=BUDGET - i))
-    return items
+@pytest.mark.parametrize("kind, sizes, reason", [
+    ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1), "sliding_window"),
+    ("Gemma2", dict(layer_types=["full_attention"] * 3, attn_logit_softcapping=2.0), "softcap"),
+    ("Gemma2", dict(layer_types=["full_attention"] * 3, attn_logit_softcapping=None,
+                    final_logit_softcapping=2.0), "logits differ")])
+def test_a_model_that_cannot_share_prefixes_is_refused_in_one_sentence(kind, sizes, reason):
+    with pytest.raises(ValueError, match=f"--model: .* cannot share prefixes .*{reason}") as error:
+        Policy(random_model(kind, **sizes), VOCAB)
+    assert "\n" not in str(error.value)
 
 
-BUDGET = 11  # of the first item: the longest suffix there could have been
-# suffixes of one token, a context of one token
-ITEMS = items_for([[4, 1, 7], [1, 1, 1], [5, 2, 9]], [6, 19, 1])
+def test_dropout_is_off():
+    model = random_model("Qwen2")
+    model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.5))
+    policy, batch = Policy(model, VOCAB).train(), pack([Tree([1, 2, 3], [[4, 5], [6, 7]])])
+    assert torch.equal(policy(batch)[0], policy(batch)[0])
 
 
-def plain_logprobs(model, item: rpo.Item, row: int, temperature: float, vocab: int) -> torch.Tensor:
-    suffix = item.suffixes[row]
-    logits = plain_logits(model, item.context + suffix)[len(item.context) - 1:-1, :vocab] / temperature
-    return logits.log_softmax(-1)[range(len(suffix)), suffix]
+def test_pack_by_hand():
+    """Masks came from ids once: with one id for EOS and padding, 0 here, no EOS was ever trained."""
+    batch = pack([Tree([7, 8], [[2, 0], [0]]), Tree([9], [[3]])])
+    assert batch.input_ids.tolist() == [[7, 8, 2, 0, 9]]  # the last token of a suffix is only predicted
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 0]]
+    assert batch.mask.tolist() == [[True, True], [True, False], [True, False]]
+    assert batch.targets.tolist() == [[2, 0], [0, 0], [3, 0]]
+    assert batch.index[batch.mask].tolist() == [1, 2, 1, 4]
+    assert Tree([0] * 6, [[0] * 4, [0] * 7]).packed_tokens == 6 + 2 * 6
 
 
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+BUDGET = 11  # of the first group: the longest suffix there could have been
 
 
-def plain_loss(model, items, algo: str, temperature: float, old=None, ref=None, kl_coef=0.0) -> torch.Tensor:
-    """The objective written out response by response, token by token, over full-sequence forwards."""
-    settings = rpo.ALGORITHMS[algo]
-    low, high = 1 - settings["clip_low"], 1 + settings["clip_high"]
+def group_of(context: list[int], suffixes: list[list[int]], prefix: int = 0, **fields) -> Group:
+    """A group whose prefix is the last `prefix` tokens of the context."""
+    rows, split = len(suffixes), len(context) - prefix
+    return Group(**dict(
+        problem=None, prompt=context[:split], prefix=context[split:], budget=BUDGET, suffixes=suffixes,
+        logprobs=[[0.0] * len(s) for s in suffixes], finished=[True] * rows, correct=[False] * rows,
+        rewards=[0.0] * rows) | fields)
+
+
+def groups_of(contexts: list[int], lengths: list[list[int]], seed: int = 5) -> list[Group]:
+    suffixes = [token_lists(seed + i + 1, row) for i, row in enumerate(lengths)]
+    return [group_of(c, s, len(c) // 2, budget=BUDGET - i)
+            for i, (c, s) in enumerate(zip(token_lists(seed, contexts), suffixes))]
+
+
+# suffixes of one token, a context of one token; and one suffix twice, in a group that comes twice
+GROUPS = groups_of([6, 19, 1], [[4, 1, 7], [1, 1, 1], [5, 2, 9]])
+GROUPS[0].suffixes[1:1] = [GROUPS[0].suffixes[0]]
+GROUPS[0].logprobs[1:1] = [GROUPS[0].logprobs[0]]
+GROUPS.append(replace(GROUPS[0], budget=2))
+TREES = [Tree(g.context, g.suffixes) for g in GROUPS]
+ADVANTAGES = [np.random.default_rng(i).normal(size=len(g.suffixes)).astype(np.float32).tolist()
+              for i, g in enumerate(GROUPS)]
+Table = list[list[list[float]]]  # by group, suffix and token
+
+
+def plain_table(model: PreTrainedModel) -> list[list[torch.Tensor]]:
+    """Log-probs of all suffix tokens by plain forwards, with gradient."""
+    return [[plain_logprobs(model, g.context, s, 0.8) for s in g.suffixes] for g in GROUPS]
+
+
+def as_floats(table: list[list[torch.Tensor]], noise: int = 0) -> Table:
+    """In numbers that float32 holds exactly; with noise of that seed."""
+    generator = torch.Generator().manual_seed(noise)
+    scale = 0.3 * bool(noise)
+    return [[(x.detach() + scale * torch.randn(x.shape, generator=generator)).float().tolist() for x in rows]
+            for rows in table]
+
+
+def plain_loss(table: list[list[torch.Tensor]], algo: str, old: Table, ref: Table, kl_coef: float,
+               which: tuple[int, ...] = (0, 1, 2, 3)) -> torch.Tensor:
+    """The objective written out response by response, token by token."""
+    high = {"dapo": 1.28, "gspo": 1.0004}.get(algo, 1.2)
+    low = 1 - 3e-4 if algo == "gspo" else 0.8
     total, tokens, responses = 0.0, 0, 0
-    for i, item in enumerate(items):
-        for row, advantage in enumerate(item.advantages):
-            logprobs = plain_logprobs(model, item, row, temperature, VOCAB)
-            terms = []
-            diffs = [lp - (lp.detach() if old is None else old[i][row][t]) for t, lp in enumerate(logprobs)]
-            for t, lp in enumerate(logprobs):
+    for i in which:
+        for row, advantage in enumerate(ADVANTAGES[i]):
+            terms, diffs = [], [lp - old[i][row][t] for t, lp in enumerate(table[i][row])]
+            for t, lp in enumerate(table[i][row]):
                 ratio = torch.exp(sum(diffs) / len(diffs) if algo == "gspo" else diffs[t])
                 term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
                 if algo == "cispo":
@@ -282,71 +353,59 @@ def plain_loss(model, items, algo: str, temperature: float, old=None, ref=None, 
     return -total / {"dapo": tokens, "cispo": tokens, "dr_grpo": responses * BUDGET}.get(algo, responses)
 
 
-def loss_over(model, items, algo: str, temperature: float, tokens_per_forward: int, old=None, ref=None,
-              kl_coef=0.0) -> float:
-    """The loss of one update through micro-batches; leaves the gradient in the parameters."""
-    settings = {k: rpo.ALGORITHMS[algo][k] for k in train.OBJECTIVE} | {"kl_coef": kl_coef}
-    denominator = rpo.update_denominator(items, settings["aggregation"])
-    model.zero_grad()
-    total = 0.0
-    for part in rpo.micro_batches(items, tokens_per_forward):
-        batch = rpo.pack(part)
-        for name, table in (("old_logprobs", old), ("ref_logprobs", ref)):
-            if table is not None:
-                values = torch.zeros(batch.mask.shape, dtype=torch.float64)
-                for row, suffix in enumerate(s for item in part for s in item.suffixes):
-                    values[row, :len(suffix)] = table_row(items, table, suffix)
-                setattr(batch, name, values.to(next(model.parameters()).dtype))
-        logprobs, _ = rpo.shared_logprobs(model, batch, temperature, VOCAB)
-        loss, _ = rpo.policy_loss(logprobs, batch, denominator, **settings)
-        loss.backward()
-        total += loss.item()
-    return total
+def gradient(policy: Policy, algo: str, tokens_per_forward: int, old: Table | None = None,
+             ref: Table | None = None, kl_coef: float = 0.0) -> list[torch.Tensor]:
+    """That of one update through micro-batches."""
+    objective = replace(rpo.ALGORITHMS[algo], kl_coef=kl_coef)
+    rpo.accumulate_gradient(policy, GROUPS, ADVANTAGES, old, ref, objective, 0.8, tokens_per_forward)
+    return [p.grad.clone() for p in policy.parameters()]
 
 
-def table_row(items, table, suffix) -> torch.Tensor:
-    i, row = next((i, r) for i, x in enumerate(items) for r, s in enumerate(x.suffixes) if s is suffix)
-    return table[i][row]
+def assert_close(got: list[torch.Tensor], want: list[torch.Tensor], bound: float) -> None:
+    assert len(got) == len(want) and max(map(relative_error, got, want)) < bound
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound):
+    """Log-probs were found by a suffix's ids once: two responses alike shared one entry."""
     model = in_float64(random_model(kind)) if dtype == torch.float64 else random_model(kind)
-    noise = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        exact = [[plain_logprobs(model, item, row, 0.8, VOCAB) for row in range(3)] for item in ITEMS]
-    old = [[x + 0.3 * torch.randn(x.shape, generator=noise, dtype=dtype) for x in rows] for rows in exact]
-    ref = [[x + 0.3 * torch.randn(x.shape, generator=noise, dtype=dtype) for x in rows] for rows in exact]
-    expected = {}
+    table, expected = plain_table(model), {}
+    old, ref = as_floats(table, 3), as_floats(table, 4)
     for algo in rpo.ALGORITHMS:
         for kl_coef in (0.0, 0.1) if algo in ("grpo", "dapo") else (0.1,):
-            model.zero_grad()
-            loss = plain_loss(model, ITEMS, algo, 0.8, old, ref, kl_coef)
-            loss.backward()
-            expected[algo, kl_coef] = loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
-    shared(model)
-    batch = rpo.pack(ITEMS)
-    got, _ = rpo.shared_logprobs(model, batch, 0.8, VOCAB)
-    want = torch.cat([x for rows in exact for x in rows])
-    assert relative_error(got[batch.mask].detach(), want) < bound
+            expected[algo, kl_coef] = torch.autograd.grad(plain_loss(table, algo, old, ref, kl_coef),
+                                                          list(model.parameters()), retain_graph=True)
+    policy = Policy(model, VOCAB)
+    batch = pack(TREES)
+    got, _ = policy(batch, 0.8)
+    want = torch.cat([row for group in table for row in group])
+    assert relative_error(got[batch.mask], want) < bound
     assert not got[~batch.mask].any()
-    for (algo, kl_coef), (loss, grads) in expected.items():
-        for checkpointing in (False, True) if algo in ("grpo", "dapo") else (False,):
-            for tokens_per_forward in (1, 40, 10_000):  # row by row, about one problem, all at once
+    for (algo, kl_coef), grads in expected.items():
+        for checkpointing in (False, True) if algo == "dapo" else (False,):
+            # row by row, about one problem, all at once
+            for tokens_per_forward in (1, 40, 10_000) if algo == "dapo" else (40,):
                 if checkpointing:
                     model.activation_checkpointing_enable({"use_reentrant": False})
-                    model.train()
-                value = loss_over(model, ITEMS, algo, 0.8, tokens_per_forward, old, ref, kl_coef)
+                    policy.train()
+                got = gradient(policy, algo, tokens_per_forward, old, ref, kl_coef)
                 model.activation_checkpointing_disable()
-                model.eval()
-                assert value == pytest.approx(loss, rel=bound * 10)
-                for name, parameter in model.named_parameters():
-                    assert relative_error(parameter.grad, grads[name]) < bound, (name, algo)
+                policy.eval()
+                assert_close(got, grads, bound)
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that is made in this context."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.seen = getattr(self, "seen", set()) | {tuple(getattr(out, "shape", ()))}
+        return out
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(bias, monkeypatch):
+def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(bias):
     generator = torch.Generator().manual_seed(0)
     states, weight, offset = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
                               for shape in ((13, 8), (20, 8), (20,)))
@@ -355,90 +414,159 @@ def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(b
     want = torch.autograd.grad((plain[range(13), targets] * upstream).sum(),
                                (states, weight, offset)[:2 + bias])
     for rows in (1, 5, 100):
-        monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 20 * rows)
-        got, entropy = rpo._TokenLogprobs.apply(states, weight, offset if bias else None, targets, 0.7)
+        got, entropy = policies._TokenLogprobs.apply(states, weight, offset if bias else None, targets, 0.7,
+                                                     rows)
         assert torch.allclose(got, plain[range(13), targets], rtol=1e-12)
         assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), rtol=1e-12)
         assert not entropy.requires_grad
         grads = torch.autograd.grad((got * upstream).sum(), (states, weight, offset)[:2 + bias])
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(grads, want))
+    frozen = [x.detach() for x in (weight, offset)]
+    got, _ = policies._TokenLogprobs.apply(states, frozen[0], frozen[1] if bias else None, targets, 0.7, 5)
+    with Shapes() as shapes:
+        (got * upstream).sum().backward()
+    assert torch.allclose(states.grad, want[0], rtol=1e-10, atol=1e-13)
+    assert not shapes.seen & {(20, 8), (20,)}  # no gradient of the head is made
 
 
-def test_logits_in_chunks_give_the_same_gradient(monkeypatch):
-    model = shared(random_model("qwen2"))
-    loss_over(model, ITEMS, "dapo", 1.0, 10_000)
-    whole = {n: p.grad.clone() for n, p in model.named_parameters()}
-    monkeypatch.setattr(rpo, "LOGITS_PER_CHUNK", 5 * VOCAB)
-    rows = []
-    real = rpo._logits
-    monkeypatch.setattr(rpo, "_logits", lambda x, *rest: rows.append(len(x)) or real(x, *rest))
-    loss_over(model, ITEMS, "dapo", 1.0, 10_000)
-    assert max(rows) == 5 and sum(rows) == 2 * sum(len(s) for item in ITEMS for s in item.suffixes)
-    for name, parameter in model.named_parameters():
-        assert relative_error(parameter.grad, whole[name]) < 1e-5
+def test_logits_in_chunks_give_the_same_gradient_and_are_never_all_there():
+    policy = Policy(random_model("Qwen2"), VOCAB)
+    whole = gradient(policy, "dapo", 10_000)
+    policy.logits_per_chunk = 5 * VOCAB
+    with Shapes() as shapes:
+        assert_close(gradient(policy, "dapo", 10_000), whole, 1e-5)
+    # 5 of 51 tokens at a time; 32 is the head, transposed
+    assert {s[0] for s in shapes.seen if s[1:] == (VOCAB,)} == {5, 1, 32}
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_attention_with_copies_of_the_context_is_the_same_function(kind, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_with_copies_of_the_context_is_the_same_function(kind):
     """What other devices run: there the fused kernels give no log-sum-exp."""
-    model = shared(random_model(kind))
-    loss = loss_over(model, ITEMS, "grpo", 1.0, 10_000)
-    split = {n: p.grad.clone() for n, p in model.named_parameters()}
-    monkeypatch.setattr(rpo, "FUSED", ())
-    monkeypatch.setattr(rpo._SplitAttention, "apply", None)
-    assert loss_over(model, ITEMS, "grpo", 1.0, 10_000) == pytest.approx(loss, rel=1e-5)
-    for name, parameter in model.named_parameters():
-        assert relative_error(parameter.grad, split[name]) < 1e-5
-
-
-def test_the_order_of_the_groups_does_not_change_the_gradient():
-    model = shared(in_float64(random_model("qwen2")))
-    for algo in rpo.ALGORITHMS:
-        loss = loss_over(model, ITEMS, algo, 1.0, 40)
-        grads = [p.grad.clone() for p in model.parameters()]
-        assert loss_over(model, ITEMS[::-1], algo, 1.0, 60) == pytest.approx(loss, rel=1e-9)
-        assert all(relative_error(p.grad, g) < 1e-9 for p, g in zip(model.parameters(), grads))
+    policy = Policy(random_model(kind), VOCAB)
+    split = gradient(policy, "grpo", 10_000)
+    policy.fused = False
+    assert_close(gradient(policy, "grpo", 10_000), split, 1e-5)
 
 
 def test_micro_batches_keep_within_the_budget_and_lose_nothing():
-    items = items_for([[4, 1, 7], [9, 9], [3, 2, 2, 2]], [6, 19, 2])
+    trees = [Tree(g.context, g.suffixes) for g in groups_of([6, 19, 2], [[4, 1, 7], [9, 9], [3, 2, 2, 2]])]
     for budget in (10, 27, 50, 1000):
-        parts = rpo.micro_batches(items, budget)
+        parts = rpo.micro_batches(trees, budget)
         for part in parts:
-            tokens = sum(item.packed_tokens for item in part)
-            assert tokens == rpo.pack(part).input_ids.numel()
-            assert tokens <= budget or len(part) == 1 and len(part[0].suffixes) == 1
-        pieces = [x for part in parts for x in part]
-        for aggregation in rpo.AGGREGATIONS:
-            assert rpo.update_denominator(pieces, aggregation) == rpo.update_denominator(items, aggregation)
-        for name in ("suffixes", "advantages"):
-            assert sorted(v for x in pieces for v in getattr(x, name)) == \
-                sorted(v for x in items for v in getattr(x, name))
+            pieces = [rpo.rows_of(trees, piece) for piece in part]
+            tokens = pack(pieces).input_ids.numel()
+            assert tokens == sum(piece.packed_tokens for piece in pieces)
+            assert tokens <= budget or len(part) == 1 and len(part[0][1]) == 1
+        rows = sorted((i, row) for part in parts for i, rows in part for row in rows)
+        assert rows == [(i, row) for i, tree in enumerate(trees) for row in range(len(tree.suffixes))]
+    assert len(parts) == 1
+
+
+def test_scores_are_those_of_a_plain_forward():
+    policy = Policy(random_model("Qwen3"), VOCAB)
+    want = [x for rows in as_floats(plain_table(policy.model)) for x in rows]
+    for tokens_per_forward in (64, 10_000):
+        got = [x for rows in rpo.score(policy, TREES, 0.8, tokens_per_forward) for x in rows]
+        assert all(a == pytest.approx(b, abs=1e-4) for a, b in zip(got, want, strict=True))
+
+
+# ------------------------------------------------------------------------------- the update
+
+
+def sgd_by_hand(model, lr: float, updates: list[tuple[int, ...]], ref: Table) -> list[float]:
+    """DAPO with a KL penalty, log-probs of before the first step, gradients of norm 1 at most: the norms."""
+    old, norms = as_floats(plain_table(model)), []
+    for which in updates:
+        loss = plain_loss(plain_table(model), "dapo", old, ref, 0.1, which)
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(math.sqrt(sum(g.square().sum().item() for g in grads)))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), grads):
+                p -= lr * g / max(1, norms[-1])
+    return norms
+
+
+def updated(policy: Policy, ref: Policy, advantages: list[list[float]], times: int = 1):
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+    groups = [replace(g, logprobs=[[x + 0.25 for x in row] for row in rows])
+              for g, rows in zip(GROUPS, as_floats(plain_table(policy.model)))]
+    objective = replace(rpo.ALGORITHMS["dapo"], kl_coef=0.1)
+    return rpo.update(policy, ref, optimizer, groups * times, advantages * times, objective, 0.8, 2, 130)[:2]
+
+
+def test_two_updates_of_a_step_are_those_written_out_by_hand(capsys):
+    """The i-th update has every second group; out of memory halves the micro-batches and nothing else."""
+    model, ref = in_float64(random_model("Qwen2")), in_float64(random_model("Qwen2"))
+    with torch.no_grad():
+        for p in ref.parameters():
+            p *= 1.05
+    start, table = copy.deepcopy(model.state_dict()), as_floats(plain_table(ref))
+    norms = sgd_by_hand(model, 0.05, [(0, 2), (1, 3)], table)
+    assert min(norms) > 1  # both are clipped
+    want, plenty = [p.detach().clone() for p in model.parameters()], []
+    model.load_state_dict(start)
+    policy, ref = Policy(model, VOCAB), Policy(ref, VOCAB)
+    metrics, got = updated(policy, ref, ADVANTAGES)
+    assert got == pytest.approx(norms, rel=1e-4)
+    assert_close(list(policy.parameters()), want, 1e-5)
+    tokens = sum(len(s) for g in GROUPS for s in g.suffixes)
+    assert metrics["policy/skipped_updates"] == 0 and metrics["tokens/trained"] == tokens
+    assert metrics["policy/grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
+    # log-probs of the rollout differ by 1/4 from those of the policy that is trained
+    assert metrics["policy/sampling_gap_mean"] == pytest.approx(0.25, abs=1e-4)
+    assert metrics["policy/sampling_gap_max"] == pytest.approx(0.25, abs=1e-4)
+    assert metrics["policy/approx_kl"] > 0 and metrics["policy/kl_ref"] > 0
+    model.load_state_dict(start)
+    assert all(p.grad is None for p in policy.parameters()) and not policy.training
+
+    def scarce() -> None:
+        plenty.append(torch.is_grad_enabled())
+        if sum(plenty) == 2 and plenty[-1]:  # after the first micro-batch has left its gradient
+            out_of_memory()
+    with hooked(Policy, scarce):
+        updated(policy, ref, ADVANTAGES, times=3)  # of the same mean over tokens, in two micro-batches
+    assert "half of --tokens-per-forward 130" in capsys.readouterr().out
+    assert_close(list(policy.parameters()), want, 1e-5)
+
+
+def test_an_update_without_a_finite_gradient_is_left_out_with_its_groups():
+    model = in_float64(random_model("Qwen2"))
+    start, ref = copy.deepcopy(model.state_dict()), Policy(copy.deepcopy(model), VOCAB)
+    sgd_by_hand(model, 0.05, [(1, 3)], as_floats(plain_table(model)))
+    want = [p.detach().clone() for p in model.parameters()]
+    model.load_state_dict(start)
+    bad = [[math.nan] * len(ADVANTAGES[0]), *ADVANTAGES[1:]]
+    metrics, norms = updated(Policy(model, VOCAB), ref, bad)
+    assert not math.isfinite(norms[0]) and math.isfinite(norms[1])
+    assert_close(list(model.parameters()), want, 1e-5)
+    assert metrics["policy/skipped_updates"] == 1
+    assert metrics["tokens/trained"] == sum(len(s) for i in (1, 3) for s in GROUPS[i].suffixes)
 
 
 # ------------------------------------------------------------------------------- objectives
 
 
 def test_group_advantages_by_hand():
+    """The rounding of a group's mean became a direction once, divided by a standard deviation of 1e-17."""
     # rewards 1 0 0 0: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4, std 1/2
     assert rpo.group_advantages([1, 0, 0, 0]) == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
-    assert rpo.group_advantages([0.1] * 6) == [0.0] * 6  # rounding of the mean must not become a direction
+    assert rpo.group_advantages([0.1] * 6) == [0.0] * 6
     assert rpo.group_advantages([1.0]) == [0.0]
     assert rpo.group_advantages([1, 0, 0, 0], "mean") == pytest.approx([0.75, -0.25, -0.25, -0.25])
     assert rpo.group_advantages([1, 0, 0, 0], "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    groups = [group_of([1], [[2]] * 2, rewards=[r, 0.0]) for r in (1.0, 3.0)]  # each with its own mean
+    assert rpo.step_advantages(groups, rpo.ALGORITHMS["dr_grpo"]) == [[0.5, -0.5], [1.5, -1.5]]
 
 
-def hand_batch(advantages: list[float], lengths: list[int]) -> rpo.Batch:
-    items = [rpo.Item([1], [[2] * n], [a], [[0.0] * n]) for a, n in zip(advantages, lengths)]
-    return rpo.pack(items)
+def mask_of(*lengths: int) -> torch.Tensor:
+    return padded([[True] * n for n in lengths], torch.bool)
 
 
 def test_clipping_by_hand():
     # rows of one token, ratios 1.5, 1.5, 0.5, 0.5, 1.25 with advantages +1 -1 +1 -1 +1
-    batch = hand_batch([1, -1, 1, -1, 1], [1] * 5)
-    batch.old_logprobs = torch.zeros(5, 1)
     logprobs = torch.tensor([[1.5], [1.5], [0.5], [0.5], [1.25]]).log().requires_grad_()
-    loss, stats = rpo.policy_loss(logprobs, batch, 5, clip_low=0.2, clip_high=0.28, aggregation="token")
+    loss, stats = rpo.policy_loss(logprobs, mask_of(1, 1, 1, 1, 1), torch.tensor([1, -1, 1, -1, 1]), 5,
+                                  rpo.Objective(clip_high=0.28, aggregation="token"), torch.zeros(5, 1))
     # 1.28 (clipped), -1.5, 0.5, -0.8 (clipped), 1.25
     assert loss.item() == pytest.approx(-(1.28 - 1.5 + 0.5 - 0.8 + 1.25) / 5, abs=1e-6)
     assert stats["clip_fraction"] == 2
@@ -447,20 +575,10 @@ def test_clipping_by_hand():
     assert logprobs.grad[:, 0].tolist() == pytest.approx([0, 0.3, -0.1, 0, -0.25], abs=1e-6)
 
 
-def test_aggregation_by_hand():
-    # on-policy, ratio 1: every token's objective is its advantage
-    batch = hand_batch([2.0, -1.0], [1, 3])
-    logprobs = torch.zeros(2, 3, requires_grad=True)
-    settings = dict(clip_low=0.2, clip_high=0.2)
-    by_token, _ = rpo.policy_loss(logprobs, batch, 4, aggregation="token", **settings)
-    by_response, _ = rpo.policy_loss(logprobs, batch, 2, aggregation="response", **settings)
-    assert by_token.item() == pytest.approx(-(2 - 1 - 1 - 1) / 4)
-    assert by_response.item() == pytest.approx(-(2 - 1) / 2)
-    by_response.backward()
-    assert logprobs.grad.tolist() == [[-1, 0, 0], pytest.approx([1 / 6] * 3)]
-    batch = hand_batch(rpo.group_advantages([1, 0, 0, 0]), [2, 1, 3, 2])  # they sum to 0
+def test_advantages_that_sum_to_zero_have_a_loss_of_zero_and_a_gradient():
+    advantages = torch.tensor(rpo.group_advantages([1, 0, 0, 0]))  # they sum to 0
     logprobs = torch.zeros(4, 3, requires_grad=True)
-    loss, _ = rpo.policy_loss(logprobs, batch, 4, aggregation="response", **settings)
+    loss, _ = rpo.policy_loss(logprobs, mask_of(2, 1, 3, 2), advantages, 4, rpo.Objective())
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-7)  # and still there is a gradient
     assert logprobs.grad[:, 0].tolist() == pytest.approx([-1.5 / 8, 0.5 / 4, 0.5 / 12, 0.5 / 8], abs=1e-5)
@@ -468,15 +586,13 @@ def test_aggregation_by_hand():
 
 def test_the_six_algorithms_by_hand():
     # two responses of 1 and 3 tokens, advantages 2 and -1, every token's ratio 1.5, log pi = log 0.3
-    batch = hand_batch([2.0, -1.0], [1, 3])
-    batch.old_logprobs = torch.full((2, 3), math.log(0.2))
-    items = [rpo.Item([1], [[2]], [2.0], [[0.0]], budget=6), rpo.Item([1], [[2] * 3], [-1.0], [[0.0] * 3])]
+    mask, advantages, old = mask_of(1, 3), torch.tensor([2.0, -1.0]), torch.full((2, 3), math.log(0.2))
+    groups = [group_of([1], [[2]], budget=6), group_of([1], [[2] * 3], budget=5)]
     losses = {}
-    for algo, settings in rpo.ALGORITHMS.items():
+    for algo, objective in rpo.ALGORITHMS.items():
         logprobs = torch.full((2, 3), math.log(0.3), requires_grad=True)
-        denominator = rpo.update_denominator(items, settings["aggregation"])
-        loss, stats = rpo.policy_loss(logprobs, batch, denominator,
-                                      **{k: settings[k] for k in train.OBJECTIVE})
+        denominator = rpo.loss_denominator(groups, objective.aggregation)
+        loss, stats = rpo.policy_loss(logprobs, mask, advantages, denominator, objective, old)
         loss.backward()
         losses[algo] = loss.item(), stats["clip_fraction"], logprobs.grad[:, 0].tolist()
     log = math.log(0.3)
@@ -485,22 +601,20 @@ def test_the_six_algorithms_by_hand():
                "dr_grpo": (-(2.4 - 4.5) / 12, 1, [0, 1.5 / 12]), "rloo": (-(2.4 - 4.5) / 2, 1, [0, 1.5 / 2]),
                "gspo": (-(2 * 1.0004 - 1.5) / 2, 1, [0, 1.5 / 6]),
                "cispo": (-(3 * log - 4.5 * log) / 4, 0, [-3 / 4, 1.5 / 4])}
-    for algo, (loss, clipped, gradient) in by_hand.items():
+    assert by_hand.keys() == losses.keys()
+    for algo, (loss, clipped, grads) in by_hand.items():
         assert losses[algo][0] == pytest.approx(loss, abs=1e-6), algo
-        assert losses[algo][1] == clipped and losses[algo][2] == pytest.approx(gradient, abs=1e-6), algo
-    far = batch.old_logprobs - math.log(10)  # a ratio of 15: cispo's weight stops at 5
-    batch.old_logprobs = far
-    settings = {k: rpo.ALGORITHMS["cispo"][k] for k in train.OBJECTIVE}
-    loss, stats = rpo.policy_loss(torch.full((2, 3), log), batch, 4, **settings)
+        assert losses[algo][1] == clipped and losses[algo][2] == pytest.approx(grads, abs=1e-6), algo
+    # a ratio of 15: cispo's weight stops at 5
+    loss, stats = rpo.policy_loss(torch.full((2, 3), log), mask, advantages, 4, rpo.ALGORITHMS["cispo"],
+                                  old - math.log(10))
     assert loss.item() == pytest.approx(-(10 * log - 15 * log) / 4) and stats["clip_fraction"] == 4
 
 
 def test_kl_penalty_by_hand():
-    batch = hand_batch([0.0], [2])
-    batch.ref_logprobs = torch.tensor([[math.log(0.5), math.log(0.3)]])
-    logprobs = torch.tensor([[math.log(0.25), math.log(0.4)]])
-    loss, stats = rpo.policy_loss(logprobs, batch, 2, clip_low=0.2, clip_high=0.2, aggregation="token",
-                                  kl_coef=0.1)
+    logprobs, ref = (torch.tensor([[math.log(a), math.log(b)]]) for a, b in ((0.25, 0.4), (0.5, 0.3)))
+    loss, stats = rpo.policy_loss(logprobs, mask_of(2), torch.zeros(1), 2,
+                                  rpo.Objective(aggregation="token", kl_coef=0.1), None, ref)
     k3 = (2 - math.log(2) - 1) + (0.75 - math.log(0.75) - 1)
     assert stats["kl_ref"] == pytest.approx(k3, abs=1e-6)
     assert loss.item() == pytest.approx(0.1 * k3 / 2, abs=1e-6)
@@ -510,12 +624,11 @@ def test_kl_penalty_by_hand():
 
 
 def entry(tokens: int, shortest: int) -> cache.Entry:
-    return cache.Entry(list(range(tokens)), 1.0, True, shortest, 0, limit=7.9)
+    return cache.Entry(list(range(tokens)), 1.0, True, shortest, 0)
 
 
 @pytest.mark.parametrize("max_cut, tokens, shortest, limit", [
-    (20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50), (1.0, 40, 60, 40), (0.01, 50, 30, 1),
-    ("adaptive", 50, 30, 7), ("adaptive", 5, 30, 5)])
+    (20, 50, 30, 20), (0.5, 50, 30, 15), (300, 50, 30, 50), (1.0, 40, 60, 40), (0.01, 50, 30, 1)])
 def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     rng = np.random.default_rng(0)
     draws = 400 * limit
@@ -539,37 +652,38 @@ def test_the_stretch_of_a_step_is_pareto_distributed():
             assert abs((values > x).sum() - draws * share) < 3 * math.sqrt(draws * share * (1 - share))
     assert cache.stretch_of(0, rng) == 1
     path = entry(50, 30)
-    assert [cache.longest_cut(path, m, 2.5) for m in (4, 0.2, 30, "adaptive")] == [10, 15, 50, 19]
+    assert [cache.longest_cut(path, m, 2.5) for m in (4, 0.2, 30)] == [10, 15, 50]
     assert {cache.longest_cut(path, 4, cache.stretch_of(1e-6, rng)) for _ in range(20)} == {50}  # no overflow
 
 
 def test_an_informed_cut_follows_the_chance_of_another_token():
     rng, draws, path = np.random.default_rng(0), 10_000, entry(8, 8)
     logprobs = np.log1p(-np.array([0.0, 0.3, 0.0, 0.1, 0.6])).tolist()
-    turns = cache.turns(path, logprobs)
-    assert turns.tolist() == pytest.approx([0.0, 0.3, 0.0, 0.1, 0.6])
-    counts = Counter(len(cache.cut(path, turns, rng)) for _ in range(draws))
+    branch = cache.branch_probabilities(path, logprobs)
+    assert branch.tolist() == pytest.approx([0.0, 0.3, 0.0, 0.1, 0.6])
+    counts = Counter(len(cache.cut(path, branch, rng)) for _ in range(draws))
     for kept, share in {3: 0.0, 4: 0.3, 5: 0.0, 6: 0.1, 7: 0.6}.items():
         assert abs(counts.pop(kept, 0) - draws * share) <= 3 * math.sqrt(draws * share * (1 - share))
     assert not counts
     assert {len(cache.cut(path, np.zeros(3), rng)) for _ in range(99)} == {5, 6, 7}  # all certain: anywhere
     for dead_end, left in ((6, [0.0, 0.3, 0, 0, 0]), (4, [0.0, 0, 0, 0, 0]), (7, [0.0, 0.3, 0.0, 0.1, 0])):
-        turns = cache.turns(dataclasses.replace(path, dead_end=dead_end), logprobs)
-        assert turns.tolist() == pytest.approx(left)  # six tokens led nowhere: no use in seven
+        branch = cache.branch_probabilities(replace(path, dead_end=dead_end), logprobs)
+        assert branch.tolist() == pytest.approx(left)  # six tokens led nowhere: no use in seven
 
 
 def test_a_visit_is_skipped_with_the_chance_of_repeating_the_path():
     rng, draws = np.random.default_rng(1), 10_000
-    for turns, chance in (([0.2], 0.8), ([0.5, 0.0, 0.2], 0.4), ([0.9, 0.5, 0.0, 0.2], 0.04)):
-        count = sum(cache.is_certain(np.array(turns), rng) for _ in range(draws))
+    for branch, chance in (([0.2], 0.8), ([0.5, 0.0, 0.2], 0.4), ([0.9, 0.5, 0.0, 0.2], 0.04)):
+        count = sum(cache.is_skipped(np.array(branch), rng) for _ in range(draws))
         assert abs(count - draws * chance) < 3 * math.sqrt(draws * chance * (1 - chance))
 
 
-@pytest.mark.parametrize("old, accuracy, keep, dead_end", [
-    (False, [0, 0], True, 5), (False, [0, 1], True, 0), (True, [0, 0], False, 0), (True, [0, 0], True, 0)])
-def test_a_prefix_of_a_wrong_path_without_a_right_suffix_is_a_dead_end(old, accuracy, keep, dead_end):
+@pytest.mark.parametrize("old, correct, keep, dead_end", [
+    (False, [False, False], True, 5), (False, [False, True], True, 0),
+    (True, [False, False], False, 0), (True, [False, False], True, 0)])
+def test_a_prefix_of_a_wrong_path_without_a_right_suffix_is_a_dead_end(old, correct, keep, dead_end):
     before = cache.Entry([9] * 8, 0.0, old, 8, 0)
-    after = cache.update(before, [[9] * 5 + [1], [9] * 5 + [2]], accuracy, accuracy, 5, 1,
+    after = cache.update(before, [[9] * 5 + [1], [9] * 5 + [2]], [0.0, 1.0], correct, 5, 1,
                          np.random.default_rng(0), 1.0, keep)
     assert after.dead_end == dead_end
 
@@ -582,93 +696,44 @@ def test_cache_update_is_epsilon_greedy_and_reaches_every_other_response():
         assert abs(counts[index] - draws * share) < 3 * math.sqrt(draws * share * (1 - share))
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "1.5", "0.0", "many", "", "nan", "1e3"])
-def test_max_cut_that_means_nothing_is_refused(text):
-    with pytest.raises(ValueError, match="--max-cut"):
-        cache.parse_max_cut(text)
-
-
-def test_max_cut_tokens_and_fractions():
-    assert [cache.parse_max_cut(t) for t in ("300", "1", "0.5", "1.0", "adaptive")] == [300, 1, 0.5, 1.0,
-                                                                                       "adaptive"]
+def test_max_cut_is_tokens_or_a_fraction():
+    for text in ("0", "-3", "1.5", "0.0", "many", "", "nan", "1e3", "adaptive"):
+        with pytest.raises(ValueError, match="--max-cut"):
+            cache.parse_max_cut(text)
+    assert [cache.parse_max_cut(t) for t in ("300", "1", "0.5", "1.0")] == [300, 1, 0.5, 1.0]
     assert isinstance(cache.parse_max_cut("1"), int) and isinstance(cache.parse_max_cut("1.0"), float)
 
 
-def test_suffix_budget_by_hand():
-    assert [cache.parse_max_suffix(t) for t in ("", "400", "1.5", "1.0")] == [None, 400, 1.5, 1.0]
-    for text in ("0", "0.5", "-1", "inf", "x"):
-        with pytest.raises(ValueError, match="--max-suffix"):
-            cache.parse_max_suffix(text)
-    # a cut of 30 tokens, 100 are left to --max-response
-    assert [cache.suffix_budget(30, m, 100) for m in (None, 400, 40, 1.5, 9.9, 1.01)] == [
-        100, 100, 40, 45, 100, 31]
-
-
-def test_every_nth_visit_is_a_full_path():
-    visits = [cache.is_full_visit(cache.Entry([1], 0.0, False, 1, 0, visits=v), 3) for v in range(7)]
-    assert visits == [False, False, True, False, False, True, False]
-    assert not cache.is_full_visit(entry(5, 5), 0)
-    assert cache.is_full_visit(entry(5, 5), 1)
-
-
-@pytest.mark.parametrize("keep, old, accuracy, allowed", [
+@pytest.mark.parametrize("keep, old, correct, allowed", [
     (False, True, [0, 0, 1], {0, 1, 2}), (True, True, [0, 0, 1], {2}), (True, True, [1, 0, 1], {0, 2}),
     (True, True, [0, 0, 0], {None}), (True, False, [0, 0, 1], {0, 1, 2}),
     (False, True, [0, 0, 0], {0, 1, 2})])
-def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, accuracy, allowed):
-    before = cache.Entry([9, 9], 1.0, old, 2, 3, visits=4, limit=5.0)
+def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allowed):
+    before = cache.Entry([9, 9], 1.0, old, 2, 3)
     responses = [[0] * 7, [1] * 6, [2] * 8]
     seen = set()
     for seed in range(60):
-        after = cache.update(before, responses, [0.1, 0.2, 0.9], accuracy, 0, 8, np.random.default_rng(seed),
-                             0.5, keep)
+        after = cache.update(before, responses, [0.1, 0.2, 0.9], list(map(bool, correct)), 0, 8,
+                             np.random.default_rng(seed), 0.5, keep)
         pick = None if after.response_ids == [9, 9] else after.response_ids[0]
         seen.add(pick)
-        assert (after.visits, after.shortest, after.limit) == (5, 6, 5.0)
-        assert (after.step, after.correct) == ((3, old) if pick is None else (8, accuracy[pick] > 0))
+        assert after.shortest == 6
+        assert (after.step, after.correct) == ((3, old) if pick is None else (8, correct[pick] > 0))
         assert after.reward == (1.0 if pick is None else [0.1, 0.2, 0.9][pick])
-    assert seen == allowed and before.visits == 4
-
-
-@pytest.mark.parametrize("start", [2.0, 900.0])
-def test_the_adaptive_cut_converges_to_half_of_the_suffixes_succeeding(start):
-    """A policy whose chance falls with cut m as exp(-m / 100): mean over m ~ U{1..L} is 1/2 at L = 160."""
-    rng = np.random.default_rng(0)
-    path = cache.Entry(list(range(1000)), 1.0, True, 1000, 0, limit=start)
-    rates, limits = [], []
-    for _ in range(600):
-        m = 1000 - len(cache.cut(path, np.ones(cache.longest_cut(path, "adaptive")), rng))
-        rates.append(float((rng.random(8) < math.exp(-m / 100)).mean()))
-        path = cache.steer(path, rates[-1], 2, 0, 0.5)
-        limits.append(path.limit)
-    assert 0.4 < np.mean(rates[100:]) < 0.6
-    assert 100 < np.median(limits[100:]) < 260
-
-
-def test_the_adaptive_limit_starts_between_its_bounds_and_stays_there():
-    fresh = cache.Entry(list(range(400)), 1.0, True, 400, 0)
-    assert cache.steer(fresh, 0.5, 4, 0, 1.0).limit == pytest.approx(40)  # sqrt(4 * 400)
-    assert cache.steer(fresh, 0.5, 4, 100, 1.0).limit == pytest.approx(20)
-    assert cache.steer(fresh, 1.0, 4, 0, 1.0).limit == pytest.approx(40 * math.exp(0.5))
-    grown, shrunk = fresh, fresh
-    for _ in range(50):
-        grown, shrunk = cache.steer(grown, 1.0, 4, 0, 1.0), cache.steer(shrunk, 0.0, 4, 0, 1.0)
-    assert (grown.limit, shrunk.limit) == (400, 4)
-    assert cache.steer(cache.Entry([1], 0.0, False, 1, 0), 1.0, 4, 0, 1.0).limit == 4
+    assert seen == allowed and before.shortest == 2
 
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 2, 6.5, 3),
-               "b": cache.Entry([], 0.0, False, 1, 0)}
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 3), "b": cache.Entry([], 0.0, False, 1, 0)}
     cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("crc") for line in lines)
     assert lines == [{"tokenizer": "words"},
         {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
-         "visits": 2, "limit": 6.5, "dead_end": 3},
+         "dead_end": 3},
         {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
-         "visits": 0, "limit": 0.0, "dead_end": 0}]
+         "dead_end": 0}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
@@ -708,7 +773,7 @@ def test_a_damaged_cache_file_is_reported_and_never_gives_another_path(tmp_path)
                               and len(got) == whole[:length].count(b"\n") - 1)
 
 
-# ---------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------- answers and rewards
 
 
 SQRT8 = ("\\boxed{\\sqrt{8}}", r"2\sqrt{2}")  # takes a worker process
@@ -747,8 +812,9 @@ def test_extract_answer_takes_the_committed_answer(text: str, answer: str | None
 def test_unmarked_answers_count_only_when_loose() -> None:
     text = "Adding up, the total is $12$ apples, not 3."
     assert extract_answer(text) is None and extract_answer(text, loose=True) == "3"
-    assert is_correct("so $x = 4$ works", "4") and not is_correct("so $x = 4$ works", "4", loose=False)
-    assert not is_correct("AZYUK2A", "2")
+    assert is_correct("so $x = 4$ works", "4", loose=True) and not is_correct("so $x = 4$ works", "4")
+    assert not is_correct("AZYUK2A", "2", loose=True)
+    assert Checker(workers=0).check([("so $x = 4$ works", "4"), (boxed("4"), "4")]) == [False, True]
 
 
 SAME = r"""
@@ -859,7 +925,8 @@ def test_unparseable_gold_is_reported_and_never_scores() -> None:
         assert parse_error(gold) and not is_correct(boxed(gold), gold)
     for gold in ("7", r"\text{Monday}", r"(-\infty, 3]", "9 \\text{ a.m.}", "$2,-1$"):
         assert parse_error(gold) is None and is_correct(boxed(gold), gold)
-    assert is_correct("4", r"A worked solution, so \boxed{4}.") and not is_correct("5", r"so \boxed{4}.")
+    assert is_correct(boxed("4"), r"A worked solution, so \boxed{4}.")
+    assert not is_correct(boxed("5"), r"A worked solution, so \boxed{4}.")
 
 
 FOUND_BY_FUZZING = [
@@ -884,12 +951,14 @@ HOSTILE = FOUND_BY_FUZZING + [
 
 @pytest.mark.parametrize("gold", ["21", r"\sqrt{21}", "x+1", "(8,9)", "8.5", "[1,2)", "x^2=21"])
 def test_hostile_answers_and_golds_return_soon_and_are_never_correct(gold: str) -> None:
+    """A second of CPU time each. FOUND_BY_FUZZING are inputs that benchmarks/fuzz_answers.py met."""
+    is_correct(*SQRT8)  # imports sympy
     for text in HOSTILE:
-        start = time.perf_counter()
+        start = time.process_time()
         assert not is_correct(boxed(text), gold), text[:60]
         assert {is_correct(boxed(text), text), is_correct(boxed(gold), text)} <= {True, False}
         assert parse_error(text) is None or isinstance(parse_error(text), str)
-        assert time.perf_counter() - start < 1, text[:60]
+        assert time.process_time() - start < 1, text[:60]
     assert not Path("pwned").exists()
 
 
@@ -897,18 +966,18 @@ def test_long_responses_are_scanned_in_linear_time() -> None:
     for text in (r"\boxed{8} " * 20000, "The answer is 8. " * 20000, r"\[" * 50000, "$" * 99999, " " * 10**6,
                  "answer" * 50000, "A:" * 99999, "\\boxed{8}" + " " * 10**6 + "?\\boxed{8}", "1/2/" * 30000,
                  "####" * 50000, r"\boxed{8" * 20000):
-        start = time.perf_counter()
-        assert not is_correct(text, "7")
-        assert time.perf_counter() - start < 1, text[:20]
+        start = time.process_time()
+        assert not is_correct(text, "7", loose=True)
+        assert time.process_time() - start < 1, text[:20]
 
 
 def test_checker_gives_the_same_answers_as_is_correct() -> None:
     pairs = [(boxed(answer), gold) for gold, answer in (table(SAME) + table(DIFFERENT))[::3]]
-    pairs += [("is $4$", "4"), ("none", "7"), (boxed(""), ""), ("\ud800", "\ud800"), (boxed("\ud800"), "e")]
+    pairs += [("was $4$", "4"), ("none", "7"), (boxed(""), ""), ("\ud800", "\ud800"), (boxed("\ud800"), "e")]
     expected = [is_correct(*pair) for pair in pairs]
-    with Checker(workers=2) as checker:
+    with Checker(workers=1) as checker:
         assert checker.check(pairs) == expected and checker.check([]) == []
-        assert checker.timeouts == 0 and 0 < checker.check_ms_max < 1000
+        assert checker.timeouts == 0 and checker.check_ms_max > 0
     assert Checker(workers=0).check(pairs) == expected
     for impossible in ({"workers": -1}, {"time_limit": 0}):
         with pytest.raises(ValueError, match=next(iter(impossible))):
@@ -935,13 +1004,33 @@ def test_refused_answers_are_counted_also_by_a_worker() -> None:
             assert checker.refused == 2 and checker.timeouts == 0
 
 
-def test_slow_answer_is_killed_counted_and_the_next_one_is_checked() -> None:
-    with Checker(workers=1, time_limit=0.2) as checker:
+def test_slow_answer_is_killed_counted_and_the_next_one_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, start = [], Checker._start
+    monkeypatch.setattr(Checker, "_start", lambda self: starts.append(1) or start(self))
+    roots = [rf"\sqrt{{{n}}}" for n in range(2, 62)]  # the same in reverse order: seconds of CPU time
+    slow = boxed(",".join(reversed(roots))), ",".join(roots)
+    with Checker(workers=1, time_limit=0.4) as checker:
         assert checker.check([SQRT8]) == [True] and checker.timeouts == 0
-        stopped = checker._idle[0]
-        os.kill(stopped.pid, signal.SIGSTOP)
+        worker = checker._worker
+        assert checker.check([(boxed("7"), "7"), slow]) == [True, False]
+        assert checker.timeouts == 1 and checker.check_ms_max >= 200 and len(starts) == 1
+        assert worker.returncode == -signal.SIGPROF
+        assert checker.check([SQRT8, (boxed(r"\sqrt{7}"), r"\sqrt{8}")]) == [True, False]
+        assert checker.timeouts == 1 and len(starts) == 2
+
+
+def test_stopped_worker_is_killed_and_one_that_only_waits_for_the_processor_is_not(monkeypatch) -> None:
+    with Checker(workers=1, time_limit=0.4) as checker:
+        assert checker.check([SQRT8]) == [True]
+        worker = checker._worker
+        os.kill(worker.pid, signal.SIGSTOP)
+        threading.Timer(0.8, os.kill, (worker.pid, signal.SIGCONT)).start()
+        assert checker.check([SQRT8]) == [True] and checker.timeouts == 0 and checker._worker is worker
+        monkeypatch.setattr(answers, "MAX_WAIT", 0.1)
+        os.kill(worker.pid, signal.SIGSTOP)
         assert checker.check([(boxed("7"), "7"), (boxed(r"\sqrt{9\pi}"), r"3\sqrt{\pi}")]) == [True, False]
-        assert checker.timeouts == 1 and 200 <= checker.check_ms_max < 400 and stopped.poll() is not None
+        assert checker.timeouts == 1 and worker.poll() is not None
+        monkeypatch.undo()
         assert checker.check([SQRT8, (boxed(r"\sqrt{7}"), r"\sqrt{8}")]) == [True, False]  # no late verdict
         assert checker.timeouts == 1
 
@@ -949,12 +1038,12 @@ def test_slow_answer_is_killed_counted_and_the_next_one_is_checked() -> None:
 def test_dead_worker_is_replaced() -> None:
     with Checker(workers=1) as checker:
         assert checker.check([SQRT8]) == [True]
-        worker = checker._idle[0]
+        worker = checker._worker
         worker.kill()
         worker.wait()
-        assert checker.check([SQRT8]) == [True] and checker._idle[0].pid != worker.pid
+        assert checker.check([SQRT8]) == [True] and checker._worker.pid != worker.pid
         assert checker.timeouts == 0
-        worker = checker._idle[0]
+        worker = checker._worker
     assert worker.poll() is not None  # closed
 
 
@@ -970,35 +1059,68 @@ def test_checker_works_in_other_threads() -> None:
 def test_checker_in_a_script_without_main_guard_neither_loads_torch_nor_runs_it_again(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import rewards\nprint('once')\nc = rewards.Checker(workers=1)\n"
+        "import answers\nprint('once')\nc = answers.Checker(workers=1)\n"
         r"print(c.check([(r'\boxed{\sqrt{8}}', r'2\sqrt{2}')]))"
-        "\nimport sys; print('torch' in sys.modules)\n"
+        "\nimport sys; print({'torch', 'numpy', 'sympy', 'rewards'} & set(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60,
-                          env=dict(os.environ, PYTHONPATH=str(Path(rewards.__file__).parent)))
-    assert done.stdout.split("\n") == ["once", "[True]", "False", ""], done.stderr
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600,
+                          env=dict(os.environ, PYTHONPATH=str(Path(answers.__file__).parent)))
+    assert done.stdout.split("\n") == ["once", "[True]", "set()", ""], done.stderr
 
 
 def test_length_reward_is_equation_11() -> None:
-    correct, lengths = [1, 1, 0, 1], [100, 200, 300, 400]  # mean 250
+    correct, lengths = [True, True, False, True], [100, 200, 300, 400]  # mean 250
     got = length_rewards(correct, lengths, alpha=0.01)
     assert got == pytest.approx([1 / (1 + math.exp(-1.5)), 1 / (1 + math.exp(-0.5)), 0, 0.5])
-    assert length_rewards(correct, lengths, alpha=0) == correct == [1, 1, 0, 1]
-    assert length_rewards([1, 1], [0, 10**9], alpha=1.0) == [1.0, 0.5] and length_rewards([], [], 1.0) == []
+    assert length_rewards(correct, lengths, alpha=0) == [1, 1, 0, 1]
+    assert length_rewards([True, True], [0, 10**9], alpha=1.0) == [1.0, 0.5]
+    assert length_rewards([], [], 1.0) == []
     with pytest.raises(ValueError, match="lengths"):
-        length_rewards([1], [1, 2], 0.1)
-    # mean of the correct ones: 700 / 3
-    assert length_rewards(correct, lengths, 0.01, "correct")[1] == pytest.approx(1 / (1 + math.exp(-1 / 3)))
-    assert length_rewards([0, 0], [3, 5], 0.01, "correct") == [0, 0]
+        length_rewards([True], [1, 2], 0.1)
 
 
-def test_other_rewards_by_hand() -> None:
-    cosine = [rewards.cosine_reward(c, n, 100) for c in (True, False) for n in (0, 50, 100, 170)]
-    assert cosine == pytest.approx([1, 0.75, 0.5, 0.5, 0, -0.25, -0.5, -0.5])
-    overlong = [rewards.overlong_reward(n, 100, 20) for n in (10, 80, 85, 100, 130)]
-    assert overlong == pytest.approx([0, 0, -0.25, -1, -1])
-    texts = ["a\n</think>\nb", "a</think>b", "a\n</think>\nb\n</think>\nc", ""]
-    assert [rewards.format_reward(t) for t in texts] == [1, 0, 0, 0]
+ONE = data.Problem("1", "?", "1")
+
+
+def test_the_reward_is_the_sum_of_its_parts() -> None:
+    lengths, right, penalty = [10, 80, 85, 100], [True, True, False, True], pytest.approx([0, 0, -0.25, -1])
+    assert [rewards.overlong_reward(n, 100, 20) for n in lengths] == penalty
+    assert rewards.overlong_reward(130, 100, 20) == -1
+    rule = rewards.RewardRule(Checker(workers=0), 100, 0.0, 2.0)  # from 80 tokens on
+    assert rewards.reward(ONE, ["text"] * 4, lengths, right, rule) == (
+        pytest.approx([1, 1, -0.5, -1]), {"overlong": penalty})
+    rule = replace(rule, overlong_penalty=0)
+    assert rewards.reward(ONE, ["text"] * 4, lengths, right, rule) == ([1, 1, 0, 1], {})
+
+
+FORMER_OPTIONS = r"""
+import math
+
+def reward(problem, texts, lengths, correct):
+    right = [n for n, ok in zip(lengths, correct) if ok]
+    mean = sum(right) / len(right) if right else 0
+    return {
+        "weight": [2.0 * ok for ok in correct],  # 3 with the 1 that a correct response has
+        "format": [0.5 * (text.count("\n</think>\n") == 1) for text in texts],
+        "cosine": [0.25 * (1 + math.cos(math.pi * min(n / 100, 1))) + (0.5 if ok else -0.5)
+                   for n, ok in zip(lengths, correct)],
+        "reference": [ok * max(1 / (1 + math.exp(-0.01 * (mean - n))), 0.5)
+                      for n, ok in zip(lengths, correct)]}
+"""
+
+
+def test_a_reward_file_can_weigh_accuracy_and_reward_format_cosine_and_length(tmp_path) -> None:
+    """What were options once."""
+    (tmp_path / "mine.py").write_text(FORMER_OPTIONS)
+    own = rewards.RewardFile(str(tmp_path / "mine.py"))
+    rule = rewards.RewardRule(Checker(workers=0), 100, 0.0, 0.0, own)
+    texts = ["a\n</think>\nb", "a</think>b", "a\n</think>\nb\n</think>\nc", "a\n</think>\nb"]
+    total, parts = rewards.reward(ONE, texts, [0, 50, 50, 150], [True, True, False, False], rule)
+    short = 1 / (1 + math.exp(-0.25))  # the mean of the correct ones is 25
+    assert parts == {"file/weight": [2, 2, 0, 0], "file/format": [0.5, 0, 0, 0.5],
+                     "file/cosine": pytest.approx([1, 0.75, -0.25, -0.5]),
+                     "file/reference": pytest.approx([short, 0.5, 0, 0])}
+    assert total == pytest.approx([1 + 2 + 0.5 + 1 + short, 1 + 2 + 0.75 + 0.5, -0.25, 0])
 
 
 @needs_shared
@@ -1006,9 +1128,10 @@ def test_labelled_answers() -> None:
     equal = [r for r in rows("verifier/equivalences.jsonl") if not r["policy"]]
     assert sum(is_correct(boxed(r["prediction"]), r["gold"]) == r["expected"] for r in equal) >= 540
     suite = [r for r in rows("verifier/math_verify_tests.jsonl") if not r.get("suspect")]
-    assert sum(is_correct(r["prediction"], r["gold"]) == r["expected"] for r in suite) >= 0.95 * len(suite)
+    right = sum(is_correct(r["prediction"], r["gold"], loose=True) == r["expected"] for r in suite)
+    assert right >= 0.95 * len(suite)  # their formulas stand in no box
     gsm8k = rows("verifier/gsm8k_model_solutions.jsonl")
-    assert [r for r in gsm8k if is_correct(r["solution"], r["gold"], loose=False) != r["is_correct"]] == []
+    assert [r for r in gsm8k if is_correct(r["solution"], r["gold"]) != r["is_correct"]] == []
 
 
 @needs_shared
@@ -1034,20 +1157,24 @@ def test_other_golds_are_no_false_positives() -> None:
 
 @needs_shared
 def test_hostile_file_in_a_thread_without_hang_or_exception() -> None:
+    """Each as it stands and in a box: 10 s of CPU time for all here, 1 s for one in the worker."""
     cases, out = rows("verifier/hostile.jsonl"), []
-    with Checker(workers=1) as checker:
-        pairs = [(r["prediction"], r["gold"]) for r in cases]
-        (thread := threading.Thread(target=lambda: out.extend(checker.check(pairs)))).start()
-        thread.join(60)
-        assert len(out) == len(cases) and checker.check_ms_max < 1000 and checker.timeouts == 0
-    assert [r["id"] for r, ok in zip(cases, out) if ok and r["expected"] is False] == []
+    pairs = [(text, r["gold"]) for r in cases for text in (r["prediction"], boxed(r["prediction"]))]
+    start = time.process_time()
+    with Checker(workers=1, time_limit=1) as checker:
+        (thread := threading.Thread(target=lambda: out.extend(checker.check(pairs)), daemon=True)).start()
+        thread.join(600)
+        assert len(out) == len(pairs) and checker.timeouts == 0
+    assert time.process_time() - start < 10
+    twice = [r for r in cases for _ in range(2)]
+    assert [r["id"] for r, ok in zip(twice, out) if ok and r["expected"] is False] == []
 
 
 # ------------------------------------------------------------------------------------- data
 
 
 def load(source: str) -> list[data.Problem]:
-    return data.load_problems(source, "--data", rewards.extract_answer, lambda gold: None)
+    return data.load_problems(source, "--data")
 
 
 def write(path: Path, *records: object) -> str:
@@ -1103,11 +1230,62 @@ def test_every_end_token_ends_a_response():
 
 QUICK = ["--model", str(TINY), "--device", "cpu", "--no-gradient-checkpointing", "--eval-problems", "6",
          *("--steps 3 --problems-per-step 3 --group-size 4 --max-prompt 120 --max-response 420 --max-cut 0.3 "
-           "--cache-init-chunk 6 --lr 1e-3 --warmup-steps 3 --dynamic-rounds 2").split()]
+           "--cache-init-chunk 12 --lr 1e-3 --warmup-steps 3 --dynamic-rounds 2").split()]
+PRESET = Path(train.__file__).with_name("presets") / "tiny.args"
+TIMINGS = ("time/", "tokens/per_s", "memory/", "reward/check_ms_max")
 
 
 def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_with(out: Path, *options: str) -> list[dict]:
+    assert train.main([*QUICK, "--eval-every", "0", "--out", str(out), *options]) == 0
+    return lines_of(out / "metrics.jsonl")
+
+
+def expect_error(capsys, out: Path, *arguments: str) -> str:
+    assert train.main([*QUICK, "--out", str(out), *arguments]) == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def outcome(out: Path) -> tuple:
+    """Everything that a run leaves and that must not depend on when it was stopped."""
+    metrics = [{k: v for k, v in m.items() if not k.startswith((*TIMINGS, "reward/file"))}
+               for m in lines_of(out / "metrics.jsonl")]
+    return ((out / "policy" / "model.safetensors").read_bytes(), (out / "cache.jsonl").read_bytes(), metrics,
+            (out / "samples.jsonl").read_bytes())
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = weights_of(a), weights_of(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def reward_file(path: Path, out: Path, body: str) -> list[str]:
+    """The option for a reward file. Its body may use `step`: how many lines the run in `out` has logged."""
+    path.write_text(f"""
+import os, signal
+log, done = {str(out / "metrics.jsonl")!r}, []
+
+def reward(problem, texts, lengths, correct):
+    step = open(log).read().count("\\n") if os.path.exists(log) else 0
+    {body}
+""")
+    return ["--reward-file", str(path)]
+
+
+RISING = "return [float(i) for i in range(len(texts))]"  # a spread in every group
+
+
+def signals(step: int, count: int) -> str:
+    return f"""if step == {step} and len(texts) > 1 and not done:
+        done.append([os.kill(os.getpid(), signal.SIGTERM) for _ in range({count})])
+    return [0.0] * len(texts)"""
 
 
 @pytest.fixture(scope="module")
@@ -1121,18 +1299,15 @@ def test_a_run_leaves_what_the_readme_says(finished):
     metrics = lines_of(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3]
     assert "eval/accuracy" in metrics[0] and "eval/accuracy" in metrics[3]
-    glossary = Path(train.__file__).with_name("README.md").read_text()
-    for key in {key for m in metrics for key in m}:
-        assert f"`{key}`" in glossary, key
     for m in metrics[1:]:
         assert all(math.isfinite(v) for v in m.values())
     trained = [m for m in metrics[1:] if m["group/trained"]]
     assert trained and all(m["policy/grad_norm"] > 0 for m in trained)
     # sampling forward (one token at a time, shared keys) and training forward (packed) are the same function
     assert all(m["policy/sampling_gap_max"] < 1e-3 for m in trained)
-    before = AutoModelForCausalLM.from_pretrained(TINY)
-    after = AutoModelForCausalLM.from_pretrained(finished / "policy")
-    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    assert not same_weights(TINY, finished / "policy")
+    assert {w.dtype for w in weights_of(finished / "policy").values()} == {torch.float32}
+    assert not list(finished.rglob("*.bin"))
     assert AutoTokenizer.from_pretrained(finished / "policy").chat_template
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["accuracy_before"] == metrics[0]["eval/accuracy"]
@@ -1140,96 +1315,145 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert json.loads((finished / "config.json").read_text())["group_size"] == 4
 
 
+def test_every_metric_is_explained(finished):
+    glossary = (Path(train.__file__).parent / "docs" / "metrics.md").read_text()
+    names = {name for m in lines_of(finished / "metrics.jsonl") for name in m}
+    assert {name for name in names if f"`{name}`" not in glossary} == set()
+
+
 def test_token_counts_agree_with_the_responses(tmp_path):
     finished = tmp_path / "run"
-    assert train.main([*QUICK, "--out", str(finished), "--eval-every", "0", "--no-skip-certain"]) == 0
-    metrics = lines_of(finished / "metrics.jsonl")
+    metrics = run_with(finished, "--no-skip-certain", "--steps", "2")
     summary = json.loads((finished / "summary.json").read_text())
     rows = [m["group/sampled"] * 4 for m in metrics]
     suffix = sum(n * m["response/suffix_length"] for n, m in zip(rows, metrics))
     whole = sum(n * m["response/length"] for n, m in zip(rows, metrics))
     assert summary["tokens_full_path"] == metrics[-1]["tokens/full_path"] == pytest.approx(whole)
+    for m in metrics:
+        prefix, suffix_length = m["response/prefix_length"], m["response/suffix_length"]
+        assert m["response/length"] == pytest.approx(prefix + suffix_length)
     initialisation = summary["tokens_generated"] - suffix
     entries = metrics[-1]["cache/entries"]
     assert 150 * entries < initialisation < 421 * entries  # one whole path per entry, and nothing else
-    visited = 3 * 3 * 2  # steps, problems, rounds at most; cached is what is visited and the chunk ahead
-    assert entries <= visited + 6
+    visited = 2 * 3 * 2  # steps, problems, rounds at most; cached is what is visited and the chunk ahead
+    assert entries <= visited + 12
     cached = lines_of(finished / "cache.jsonl")[1:]
     assert len(cached) == entries
     assert any(record["step"] > 0 for record in cached)
 
 
-def test_the_learning_rate_by_hand(finished, tmp_path):
+def test_the_learning_rate_by_hand(finished):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
     config = train.parse_config([*QUICK, "--steps", "10", "--warmup-steps", "4", "--lr", "0.1"])
-    assert [train.lr_of(config, step) for step in (1, 3, 4, 10)] == pytest.approx([0.025, 0.075, 0.1, 0.1])
-    config = dataclasses.replace(config, lr_decay_steps=5)
-    assert [train.lr_of(config, step) for step in (1, 5, 10)] == pytest.approx([0.025 / 1.2, 0.05, 0.1 / 3])
+    assert [train.set_lr(optimizer, config, step) for step in (1, 3, 4, 10)] == pytest.approx(
+        [0.025, 0.075, 0.1, 0.1])
+    config = replace(config, lr_decay_steps=5)
+    assert [train.set_lr(optimizer, config, step) for step in (1, 5, 10)] == pytest.approx(
+        [0.025 / 1.2, 0.05, 0.1 / 3])
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 3)
     # a warm-up of 3 steps to 1e-3
     assert [m["policy/lr"] for m in lines_of(finished / "metrics.jsonl")[1:]] == pytest.approx(
         [1e-3 / 3, 2e-3 / 3, 1e-3])
-    endless = run_with(tmp_path / "endless", "--warmup-steps", str(10**30))  # the optimiser takes it: no step
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "endless" / "policy").parameters()
-    assert all(map(torch.equal, AutoModelForCausalLM.from_pretrained(TINY).parameters(), after))
-    assert any(m["group/trained"] for m in endless)
 
 
-@pytest.fixture
-def resumed(finished, tmp_path) -> train.Run:
-    out = tmp_path / "run"
-    shutil.copytree(finished, out, symlinks=True)
-    run = train.prepare(train.parse_config(["--resume", str(out), "--steps", "4"]))
-    run.lock.close()
-    return run
+BRANCH = 7
 
 
-def test_the_logprobs_of_the_cached_paths_are_those_of_a_plain_forward(resumed):
-    run, ids = resumed, sorted(resumed.entries)[:5]
-    run.config = dataclasses.replace(run.config, temperature=0.8)
-    run.progress.tokens_per_forward = 1000  # two or three a forward
-    limits = [20, 100, 7, 150, len(run.entries[ids[4]].response_ids)]
-    logprobs = train.path_logprobs(run, dict(zip(ids, limits)))
-    for name, limit in zip(ids, limits, strict=True):
-        prompt, path = run.prompts[name], run.entries[name].response_ids
-        logits = plain_logits(run.model, prompt + path)[len(prompt) - 1:-1, :len(run.tokenizer)] / 0.8
-        plain = logits.float().log_softmax(-1)[range(len(path)), path]
-        assert logprobs[name] == pytest.approx(plain.tolist()[-limit:], abs=1e-4)
-        assert min(plain) < -0.1
+class Sure:
+    """A policy that is certain of every token but BRANCH, which it would never choose again."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, batch, temperature):
+        return torch.where(batch.targets == BRANCH, -99.0, 0.0), None
 
 
-def test_certain_problems_are_skipped_but_not_all_of_a_step(resumed, monkeypatch):
-    run, ids, config = resumed, list(resumed.entries), resumed.config
-    run.problems = [p for p in run.problems if p.id in run.entries]
-    run.entries = {name: dataclasses.replace(e, dead_end=0) for name, e in run.entries.items()}
-    logprobs = {}
-    for number, (name, path) in enumerate(run.entries.items()):
-        logprobs[name] = [0.0] * len(path.response_ids)
-        logprobs[name][-90 - 60 * (number % 2 == 0)] = -99.0  # within L for the odd ones, else before it
-    monkeypatch.setattr(train, "path_logprobs", lambda run, limits: {
-        name: logprobs[name][-limit:] for name, limit in limits.items()})
+def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90)) -> list[int | None]:
+    """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end."""
+    config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
+    problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
+    paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, True, 200, 0)
+             for p, n in zip(problems, branches)}
+    prefixes = train.cut_paths(config, step, range(len(branches)), problems, paths,
+                               {p.id: [2, 3] for p in problems}, Sure())
+    for p, prefix in zip(problems, prefixes):
+        assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
+    return [None if prefix is None else 200 - len(prefix) for prefix in prefixes]
 
-    def groups(**options) -> list[rollout.Group]:
-        run.config = dataclasses.replace(config, **{"max_cut": "100", "cut_tail": 0} | options)
-        run.progress.position = 0
-        return train.next_groups(run, 4, len(ids))
 
-    before = run.progress.tokens_full_path
-    chosen = groups()
-    assert {g.problem.id for g in chosen} == set(ids[1::2]) and {g.cut for g in chosen} == {90}
-    skipped = sum(len(run.entries[name].response_ids) for name in ids[::2])
-    assert run.progress.tokens_full_path - before == 4 * skipped
-    assert {g.cut for g in groups(skip_certain=False)} > {90} and len(groups(skip_certain=False)) == len(ids)
-    assert len({g.cut for g in groups(cut_position="uniform")}) > 1
-    assert len(groups(max_cut="80")) == 1  # all are certain, but a step is never empty
-    assert {g.cut for g in groups(cut_tail=1e-3)} == {90, 150}  # L many times as long
-    run.entries = {name: dataclasses.replace(e, limit=80.0) for name, e in run.entries.items()}
-    (sampled,) = groups(max_cut="adaptive")  # the others' limits grow, as if all suffixes had been right
-    grown = [e.limit for name, e in run.entries.items() if name != sampled.problem.id]
-    assert grown == pytest.approx([80 * math.exp(0.5)] * len(grown))
-    draws = []
-    monkeypatch.setattr(cache, "stretch_of", lambda tail, rng: draws.append(rng.random()) or 1.0)
-    for step in (4, 5, 4):
-        train.next_groups(run, step, 2)
-    assert draws[0] == draws[2] != draws[1]  # one draw a step, the same after a resume
+def test_certain_problems_are_skipped_but_not_all_of_a_step():
+    assert cut_lengths(4) == [None, 90, None, 90]
+    cuts = cut_lengths(4, "--no-skip-certain")
+    assert cuts[1::2] == [90, 90] and all(1 <= n <= 100 for n in cuts)
+    uniform = cut_lengths(4, "--cut-position", "uniform")
+    assert uniform[::2] == [None, None] and len({n for step in range(9) for n in cut_lengths(
+        step, "--cut-position", "uniform", "--no-skip-certain")}) > 20
+    *skipped, last = cut_lengths(4, "--max-cut", "80")  # all are certain, but a step is never empty
+    assert skipped == [None] * 3 and 1 <= last <= 80
+    assert cut_lengths(4, "--cut-tail", "1e-3") == [150, 90, 150, 90]  # L many times as long
+    assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
+
+
+def test_one_stretch_a_step_for_all_its_problems():
+    """With tail 2, L is three times --max-cut or more in a ninth of the steps, for all problems alike."""
+    options, long = ("--max-cut", "50", "--cut-tail", "2"), 0
+    for step in range(300):
+        cuts = cut_lengths(step, *options, branches=(150, 150, 150))
+        assert cuts == [150] * 3 or cuts[:2] == [None] * 2
+        long += cuts == [150] * 3
+        assert step % 50 or cuts == cut_lengths(step, *options, branches=(150, 150, 150))  # as after a resume
+    assert abs(long - 300 / 9) < 3 * math.sqrt(300 / 9 * 8 / 9)
+
+
+def solved(path: Path, count: int) -> tuple[list[str], list[dict]]:
+    """Options for problems whose first path is a worked solution; of two problems, one is solved wrong."""
+    problems = lines_of(TINY / "train.jsonl")[:count]
+    for i, p in enumerate(problems):
+        p["solution"] = f"So it is \\boxed{{{p['answer'] if i % 2 else 'wrong'}}}"
+    return ["--data", write(path, *problems), "--cache-init", "solutions"], problems
+
+
+def test_skipped_visits_count_as_full_paths_that_were_not_needed(tmp_path):
+    """A policy that seems certain of all paths: of three visits two are skipped."""
+    options, problems = solved(tmp_path / "p.jsonl", 3)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    lengths = {p["answer"]: len(tokenizer.encode(p["solution"])) + 1 for p in problems}
+    with hooked(Policy, after=lambda out: None if torch.is_grad_enabled() else (out[0] * 0, out[1])):
+        (metrics,) = run_with(tmp_path / "run", *options, "--steps", "1", "--dynamic-rounds", "1",
+                              "--max-response", "60")
+    (sample,) = lines_of(tmp_path / "run" / "samples.jsonl")
+    skipped = sum(lengths.values()) - lengths[sample["answer"]]
+    assert metrics["group/sampled"] == 1
+    assert metrics["tokens/full_path"] == pytest.approx(4 * (skipped + metrics["response/length"]))
+    assert metrics["tokens/generated"] == pytest.approx(4 * metrics["response/suffix_length"])
+
+
+def test_first_paths_from_worked_solutions(tmp_path, capsys):
+    options, problems = solved(tmp_path / "p.jsonl", 4)
+    del problems[0]["solution"]
+    write(tmp_path / "p.jsonl", *problems)
+    config = train.parse_config([*QUICK, "--eval-every", "0", "--max-response", "60", "--out",
+                                 str(tmp_path / "run"), *options])
+    _, (_, task, policy, _, _, rule, *_) = train.prepare(config)
+    assert "1 of 4 problems have no worked solution" in capsys.readouterr().out
+    how = rollout.Sampling((task.tokenizer.eos_token_id,), policy.vocab_size)
+    with rule.checker:
+        paths, count = train.first_paths(config, task.problems, task, policy, how, rule, 1.0)
+    assert [paths[p.id].correct for p in task.problems[1:]] == [True, False, True]
+    for p in task.problems[1:]:
+        assert task.tokenizer.decode(paths[p.id].response_ids) == p.solution + "<|im_end|>"
+        assert paths[p.id].reward == paths[p.id].correct
+        assert paths[p.id].shortest == len(paths[p.id].response_ids)
+    assert count == len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
+    bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
+    message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
+    assert "--cache-init" in message and not (tmp_path / "no").exists()
+
+
+def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
+    (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1", "--max-response", "200",
+                          "--cache-init-chunk", "2")
+    assert metrics["cache/entries"] == 3  # two, and what was still missing of the step
 
 
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
@@ -1240,179 +1464,91 @@ def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
         assert record["response_ids"].count(tokenizer.eos_token_id) == text.endswith("<|im_end|>")
         assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")
         answer = problems[record["id"]].answer
-        assert record["correct"] == is_correct(text.removesuffix("<|im_end|>"), answer, loose=False)
+        assert record["correct"] == is_correct(text.removesuffix("<|im_end|>"), answer)
     sample = lines_of(finished / "samples.jsonl")[0]
     assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
 
 
-def test_same_seed_same_run_another_seed_another(tmp_path):
-    once, again, other = (tmp_path / name for name in ("once", "again", "other"))
-    for out, seed in ((once, "0"), (again, "0"), (other, "1")):
-        run_with(out, "--seed", seed, "--steps", "1", "--cache-init-chunk", "0", "--algo", "grpo",
-                 "--max-response", "200")
-    assert outcome(once) == outcome(again)
-    assert all(a != b for a, b in zip(outcome(once)[1:], outcome(other)[1:]))
+def test_another_seed_gives_another_order_and_other_responses(tmp_path):
+    source, records = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3]), []
+    for seed in "0123":
+        run_with(tmp_path / seed, "--data", source, "--seed", seed, "--rollout", "full", "--steps", "1",
+                 "--dynamic-rounds", "1", "--max-response", "30", "--temperature", "9")
+        records += lines_of(tmp_path / seed / "samples.jsonl")
+    assert len({r["id"] for r in records[::2]}) > 1
+    assert len({r["suffix"] for r in records}) == len(records) == 8
 
 
 def test_full_paths_are_the_same_loop_with_empty_prefixes(tmp_path):
     out = tmp_path / "full"
-    assert train.main([*QUICK, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05",
-                       "--updates-per-rollout", "3", "--out", str(out), "--eval-every", "0"]) == 0
-    metrics = lines_of(out / "metrics.jsonl")
+    metrics = run_with(out, "--rollout", "full", "--algo", "grpo", "--kl-coef", "0.05", "--steps", "2",
+                       "--updates-per-rollout", "3", "--dynamic-rounds", "1", "--max-response", "60",
+                       "--temperature", "2", *reward_file(tmp_path / "mine.py", out, RISING))
     assert all(m["response/prefix_length"] == 0 for m in metrics)
     assert all(m["tokens/generated"] == m["tokens/full_path"] for m in metrics)
-    # off-policy from the second update on
-    assert any(m["policy/approx_kl"] > 0 for m in metrics if m["group/trained"] > 1)
-    assert any(m.get("policy/kl_ref", 0) > 0 for m in metrics)  # moved away from the start
+    assert all(m["policy/approx_kl"] > 0 for m in metrics)  # off-policy from the second update on
+    assert metrics[1]["policy/kl_ref"] > 0  # moved away from the start
     assert len(lines_of(out / "cache.jsonl")) == 1  # no path is kept
 
 
-def test_out_of_memory_halves_the_micro_batches_and_changes_nothing_else(tmp_path, monkeypatch, capsys):
-    real, state = rpo.shared_logprobs, {"calls": 0}
-
-    def scarce(model, batch, *rest):
-        state["calls"] += torch.is_grad_enabled()
-        if state["calls"] == 2:  # after the first micro-batch has left its gradient
-            raise torch.OutOfMemoryError("scarce")
-        return real(model, batch, *rest)
-
-    out = tmp_path / "out"
-    options = [*QUICK, "--steps", "1", "--eval-every", "0", "--tokens-per-forward", "500",
-               "--max-cut", "1.0"]
-    assert train.main([*options, "--out", str(out / "plenty")]) == 0
-    monkeypatch.setattr(rpo, "shared_logprobs", scarce)
-    assert train.main([*options, "--out", str(out / "scarce")]) == 0
-    assert "halved to 250" in capsys.readouterr().out
-    plenty, scarce = (lines_of(out / name / "metrics.jsonl")[-1] for name in ("plenty", "scarce"))
-    assert scarce["policy/grad_norm"] == pytest.approx(plenty["policy/grad_norm"], rel=1e-4)
-    assert scarce["tokens/trained"] == plenty["tokens/trained"] > 0
-
-    def empty(*arguments):
-        raise torch.OutOfMemoryError("empty")
-
-    monkeypatch.setattr(rpo, "shared_logprobs", empty)
-    assert train.main([*options, "--out", str(out / "none")]) == 1
+def test_out_of_memory_at_the_end_is_one_sentence(tmp_path, capsys):
+    options, _ = solved(tmp_path / "p.jsonl", 3)
+    with hooked(Policy, out_of_memory):
+        assert train.main([*QUICK, *options, "--eval-every", "0", "--out", str(tmp_path / "run")]) == 1
     assert "--tokens-per-forward" in capsys.readouterr().err
 
 
-def test_out_of_memory_while_sampling_halves_the_memory_and_goes_on(tmp_path, monkeypatch, capsys):
-    real, calls = rollout.generate, []
-
-    def scarce(model, requests, how, memory, label, *rest):
-        calls.append(memory)
-        if len(calls) in failing:
-            raise torch.OutOfMemoryError("scarce")
-        return real(model, requests, how, memory, label, *rest)
-
-    options = ["--steps", "1", "--max-response", "150", "--rollout-memory", "0.5"]
-    monkeypatch.setattr(rollout, "generate", scarce)
-    for failing in ((), (2,)):
-        calls.clear()
-        run_with(tmp_path / str(len(failing)), *options)
-    assert calls[0] == calls[1] == 0.5 and set(calls[2:]) == {0.25}
-    assert "--rollout-memory 0.5 is halved to 0.25" in capsys.readouterr().out
-    assert outcome(tmp_path / "0") == outcome(tmp_path / "1")
-
-
-def test_tensorboard_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert "pip install tensorboard" in expect_error(capsys, tmp_path / "out", "--tensorboard")
-    board = type("Board", (), {"add_scalar": lambda self, *args: shown.append(args)})
-    shown = []
-    monkeypatch.setattr(train, "find_board", lambda: lambda folder: board())
-    metrics = run_with(tmp_path / "run", "--tensorboard", "--steps", "1", "--max-response", "150")
-    assert shown == [(name, value, 1) for name, value in metrics[0].items()]
-
-
-def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.rewards, "length_rewards", lambda correct, *rest: [0.0] * len(correct))
-    monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [False] * len(pairs))
-    out = tmp_path / "run"
-    assert train.main([*QUICK, "--out", str(out), "--eval-every", "0"]) == 0
-    before = AutoModelForCausalLM.from_pretrained(TINY)
-    after = AutoModelForCausalLM.from_pretrained(out / "policy")
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
-    assert {r["step"] for r in lines_of(out / "cache.jsonl")[1:]} >= {1, 2, 3}
-    assert json.loads((out / "summary.json").read_text())["accuracy_after"] is None
-
-
-def run_with(out: Path, *options: str) -> list[dict]:
-    assert train.main([*QUICK, "--eval-every", "0", "--out", str(out), *options]) == 0
+def run_of_one_verdict(out: Path, verdict: bool, *options: str) -> list[dict]:
+    """A run whose responses are all called right, or all wrong."""
+    class Always(Checker):
+        def check(self, pairs):
+            return [verdict] * len(pairs)
+    config = train.parse_config([*QUICK, "--eval-every", "0", "--max-response", "60", "--out", str(out),
+                                 *options])
+    _, parts = train.prepare(config)
+    parts = [replace(x, checker=Always()) if isinstance(x, rewards.RewardRule) else x for x in parts]
+    out.mkdir()
+    train.train(config, *parts, threading.Event())
     return lines_of(out / "metrics.jsonl")
 
 
-def test_first_paths_from_worked_solutions(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "update_cache", lambda *args: None)
-    problems = lines_of(TINY / "train.jsonl")[:9]
-    given = [p | {"solution": f"So it is \\boxed{{{p['answer'] if i % 2 else 'wrong'}}}"}
-             for i, p in enumerate(problems)]
-    del given[0]["solution"]
-    source = write(tmp_path / "p.jsonl", *given)
-    out = tmp_path / "run"
-    run_with(out, "--data", source, "--steps", "1", "--cache-init", "solutions", "--cache-init-chunk", "0")
-    assert "1 of 9 problems have no worked solution" in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    text_of = {p.id: p for p in load(source)}
-    first = [r for r in lines_of(out / "cache.jsonl")[1:] if text_of[r["id"]].solution]
-    assert len(first) >= 2
-    for record in first:
-        problem = text_of[record["id"]]
-        assert tokenizer.decode(record["response_ids"]) == problem.solution + "<|im_end|>"
-        assert record["correct"] == (problem.answer in problem.solution)
-    bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
-    message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
-    assert "--cache-init" in message and not (tmp_path / "no").exists()
+def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, capsys):
+    metrics = run_of_one_verdict(tmp_path / "run", False, "--overlong-penalty", "0")
+    assert same_weights(TINY, tmp_path / "run" / "policy")
+    assert {r["step"] for r in lines_of(tmp_path / "run" / "cache.jsonl")[1:]} >= {1, 2, 3}
+    # dynamic sampling looked for three groups of mixed accuracy in two rounds
+    assert [(m["group/missing"], m["group/trained"]) for m in metrics] == [(3, 0)] * 3
+    said = capsys.readouterr().out
+    assert said.count("group/missing is 3") == said.count("--dynamic-rounds") == 1 and "(said once)" in said
 
 
-def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
-    (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1",
-                          "--cache-init-chunk", "2")
-    assert metrics["cache/entries"] == 3  # two, and what was still missing of the step
+@pytest.mark.parametrize("options, trains", [
+    (["--dynamic-rounds", "1", "--length-reward", "0"], False),
+    (["--dynamic-rounds", "1", "--length-reward", "0.1"], True),
+    (["--dynamic-rounds", "2", "--length-reward", "0.1"], False)])
+def test_an_all_correct_group_has_a_gradient_only_with_the_length_reward(options, trains, tmp_path):
+    """Dynamic sampling leaves it out nevertheless: it looks at the accuracy (DAPO, eq. 11)."""
+    options += ["--algo", "grpo", "--max-cut", "1.0", "--steps", "1"]
+    (metrics,) = run_of_one_verdict(tmp_path / "run", True, *options, "--temperature", "9")  # ends at random
+    assert (metrics["group/trained"] > 0) == trains and metrics["group/zero_std_fraction"] == 1
 
 
-def test_full_visits_and_the_suffix_budget_in_the_loop(tmp_path):
-    three = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])
-    steps = run_with(tmp_path / "run", "--data", three, "--steps", "4", "--dynamic-rounds", "1",
-                     "--full-every", "2", "--max-cut", "9", "--max-suffix", "5", "--overlong-penalty", "0")
-    assert [m["response/cut_length"] == 0 for m in steps] == [False, True, False, True]
-    assert [m["response/prefix_length"] == 0 for m in steps] == [False, True, False, True]
-    assert all((m["response/suffix_length"] <= 5) == (m["response/cut_length"] > 0) for m in steps)
-
-
-def test_the_adaptive_cut_in_the_loop_follows_the_accuracy(tmp_path, monkeypatch):
-    options = ["--max-cut", "adaptive", "--adaptive-low", "4", "--adaptive-high", "64", "--no-skip-certain",
-               "--dynamic-rounds", "1", "--steps", "2",
-               "--data", write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])]
-    for right, factor in ((True, math.exp(0.5)), (False, math.exp(-0.5))):
-        monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [right] * len(pairs))
-        steps = run_with(tmp_path / str(right), *options)
-        # from sqrt(4 * 64)
-        assert [m["cache/limit"] for m in steps] == pytest.approx([16 * factor, 16 * factor**2])
-        entries = lines_of(tmp_path / str(right) / "cache.jsonl")[1:]
-        dead_end = np.mean([e["dead_end"] for e in entries])  # no suffix of these prefixes was right
-        assert dead_end == pytest.approx(0 if right else steps[-1]["response/prefix_length"])
-    limits = [m["cache/limit"] for m in run_with(tmp_path / "full", *options, "--full-every", "2")]
-    assert limits == pytest.approx([16 * factor] * 2)  # a full path says nothing about the cut
-
-
-def test_own_reward_is_added_with_its_weight_and_logged_apart(tmp_path):
-    own = tmp_path / "mine.py"
-    own.write_text("def reward(problem, response_text):\n"
-                   "    return {'a': 2.0 if problem.answer else 0, 'b': -1.0}\n")
-    metrics = run_with(tmp_path / "run", "--reward-file", str(own), "--reward-file-weight", "0.5",
-                       "--length-reward", "0", "--overlong-penalty", "0", "--accuracy-weight", "3",
-                       "--steps", "1")
-    for m in metrics:
-        assert (m["reward/file/a"], m["reward/file/b"]) == (2.0, -1.0)
-        assert m["reward/mean"] == pytest.approx(3 * m["reward/accuracy"] + 0.5)
+def test_own_reward_is_added_and_logged_apart(tmp_path):
+    body = "return {'a': [2.0 if problem.answer else 0] * len(texts), 'b': [-ok for ok in correct]}"
+    own = reward_file(tmp_path / "mine.py", tmp_path, body)
+    (m,) = run_with(tmp_path / "run", *own, "--length-reward", "0", "--overlong-penalty", "0", "--steps", "1",
+                    "--max-response", "300")
+    assert (m["reward/file/a"], m["reward/file/b"]) == (2.0, pytest.approx(-m["reward/accuracy"]))
+    assert m["reward/mean"] == pytest.approx(2) and m["reward/accuracy"] > 0
 
 
 @pytest.mark.parametrize("text, word", [
-    ("def reward(problem, text):\n    return 1 / 0\n", "line 2"),
-    ("def reward(problem):\n    return 1\n", "reward()"), ("x = 1\n", "no function"),
+    ("def reward(p, texts, n, ok):\n    return 1 / 0\n", "line 2"),
+    ("def reward(problem):\n    return [1]\n", "reward()"), ("x = 1\n", "no function"),
     ("def reward(:\n", "cannot be loaded"), (None, "cannot be loaded"),
-    ("def reward(p, t):\n    return float('nan')\n", "finite"),
-    ("def reward(p, t):\n    return None\n", "None")])
+    ("def reward(p, texts, n, ok):\n    return [float('nan')]\n", "finite"),
+    ("def reward(p, texts, n, ok):\n    return [1, 2]\n", "finite"),
+    ("def reward(p, texts, n, ok):\n    return None\n", "None")])
 def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
     own = tmp_path / "mine.py"
     if text is not None:
@@ -1421,65 +1557,24 @@ def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
     assert "--reward-file" in message and word in message and not (tmp_path / "out").exists()
 
 
-def test_an_all_correct_group_has_a_gradient_only_with_the_length_reward(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards.Checker, "check", lambda self, pairs: [True] * len(pairs))
-    for alpha, trains in (("0", False), ("0.1", True)):
-        metrics = run_with(tmp_path / alpha, "--algo", "grpo", "--dynamic-rounds", "1",
-                           "--length-reward", alpha, "--max-cut", "1.0", "--temperature", "1.3",
-                           "--steps", "1", "--max-response", "330")
-        assert (sum(m["group/trained"] for m in metrics) > 0) == trains
-        assert all(m["group/zero_std_fraction"] == 1 for m in metrics)
-
-
-def test_print_config_names_every_value_and_its_source(capsys):
-    with pytest.raises(SystemExit) as end:
-        train.main(["--algo", "gspo", "--clip-low", "0.1", "--rollout", "full", "--print-config"])
-    assert end.value.code == 0
-    said = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert said["--clip-low"] == ["0.1", "command", "line"] and said["--steps"] == ["300", "default"]
-    assert said["--clip-high"] == ["0.0004", "--algo", "gspo"]
-    assert said["--length-reward"] == ["0.0", "--rollout", "full"]
-    assert len(said) == len(train.dataclasses.fields(train.Config))
-
-
-TIMINGS = ("time/", "tokens/per_s", "memory/", "reward/check_ms_max")
-
-
-def outcome(out: Path) -> tuple:
-    """Everything that a run leaves and that must not depend on when it was stopped."""
-    metrics = [{k: v for k, v in m.items() if not k.startswith(TIMINGS)}
-               for m in lines_of(out / "metrics.jsonl")]
-    return ((out / "policy" / "model.safetensors").read_bytes(), (out / "cache.jsonl").read_bytes(), metrics,
-            (out / "samples.jsonl").read_bytes())
-
-
-def during(monkeypatch, step: int, action) -> None:
-    """Do something when that step begins."""
-    real = train.train_step
-
-    def train_step(run, number, *rest):
-        if number == step:
-            action()
-        return real(run, number, *rest)
-    monkeypatch.setattr(train, "train_step", train_step)
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, capsys):
+    """The checkpoint of a step was lost once: it was saved after an evaluation that failed."""
     out = tmp_path / "run"
-    for step, start in ((1, [*QUICK, "--out"]), (2, [*QUICK, "--out"])):
-        with monkeypatch.context() as patch:
-            during(patch, step, interrupt)
-            assert train.main([*start, str(out)]) == 130
+    for step in (1, 2):
+        own = reward_file(tmp_path / "stop.py", out, signals(step, 1))
+        assert train.main([*QUICK, *own, "--out", str(out)]) == 130
         assert f"--resume {out}" in capsys.readouterr().out and not (out / "summary.json").exists()
         assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == list(range(step))
-        assert len(list(out.glob("checkpoint*"))) == 1
+        assert [f.name for f in out.glob("checkpoint*")] == [f"checkpoint-00000{step}"]
         with open(out / "metrics.jsonl", "a") as file:
             file.write('{"step": 99}\n')  # of a step after the checkpoint
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def fail() -> None:
+        if not torch.is_grad_enabled() and (out / "checkpoint-000003").exists():
+            raise OSError("the evaluation fails")
+    with hooked(Qwen2Model, fail):
+        assert train.main(["--resume", str(out)]) == 1
     assert train.main(["--resume", str(out)]) == 0
     assert outcome(out) == outcome(finished)
     assert len(list(out.glob("checkpoint*"))) == 1
@@ -1487,111 +1582,105 @@ def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch,
     assert done["tokens_generated"] == json.loads((finished / "summary.json").read_text())["tokens_generated"]
 
 
-def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path):
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        during(patch, 2, lambda: [interrupt(), interrupt()])
-        assert train.main([*QUICK, "--eval-every", "0", "--max-response", "150", "--out", str(out)]) == 130
+    own = reward_file(tmp_path / "stop.py", out, signals(1, 2))
+    assert train.main([*QUICK, *own, "--eval-every", "0", "--max-response", "60", "--out", str(out)]) == 130
     assert not list(out.glob("checkpoint*")) and len(lines_of(out / "metrics.jsonl")) == 1
+    reward_file(tmp_path / "stop.py", out, signals(9, 1))
     assert train.main(["--resume", str(out), "--steps", "2"]) == 0
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [1, 2]
 
 
 def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
     out = tmp_path / "run"
-    train.shutil.copytree(finished, out, symlinks=True)
+    shutil.copytree(finished, out, symlinks=True)
     for changed in (["--lr", "2e-3", "--seed", "4"], ["--algo", "grpo"]):
-        message = expect_error(capsys, out, *changed)
-        assert changed[0] in message and "--resume-override" in message and "--steps" not in message
-    # grpo's own values come with it
-    config = train.parse_config(["--resume", str(out), "--algo", "grpo", "--resume-override", "--lr", "0.5"])
-    assert (config.clip_high, config.aggregation, config.lr, config.max_cut) == (0.2, "response", 0.5, "0.3")
-    assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1",
+        message = expect_error(capsys, out, *changed, "--steps", "5")
+        assert all(flag in message for flag in changed[::2]) and "--steps" not in message
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(out), "--resume", str(tmp_path / "nothing")])
+    assert "holds no run" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1", "--eval-every", "9",
                        "--keep-checkpoints", "2"]) == 0
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-000003", "checkpoint-000004"]
     with open(out / "lock") as file:
         train.fcntl.flock(file, train.fcntl.LOCK_EX)
         assert "another process" in expect_error(capsys, out)
-    other = write(tmp_path / "other.jsonl", *lines_of(TINY / "train.jsonl")[:9])
-    message = expect_error(capsys, out, "--data", other, "--resume-override", "--keep-checkpoints", "2")
-    assert "problems" in message
-    with pytest.raises(SystemExit) as end:
-        train.main(["--resume", str(tmp_path / "nothing")])
-    assert end.value.code == 2 and "holds no run" in capsys.readouterr().err
+    config = json.loads((out / "config.json").read_text())
+    config["data"] = write(tmp_path / "other.jsonl", *lines_of(TINY / "train.jsonl")[:9])
+    (out / "config.json").write_text(json.dumps(config))  # as if the file of the run had changed
+    assert train.main(["--resume", str(out)]) == 2
+    assert "problems" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, capsys):
-    """A write error at every place of a run's second save: it goes on, and the first save still resumes."""
+    """A write error at every place of a save: the run goes on, and the save before still resumes."""
+    config = train.parse_config([*QUICK, "--eval-every", "0", "--out", str(tmp_path)])
+    _, (out, task, policy, _, optimizer, _, state, *_) = train.prepare(config)
+    state = replace(state, step=1, paths={task.problems[0].id: entry(5, 5)})
+    train.save_checkpoint(config, out, task, policy, optimizer, state)
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     def full_for_torch(*args, **kwargs):
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    places = [(train.PreTrainedModel, "save_pretrained", full),
-              (train.PreTrainedTokenizerBase, "save_pretrained", full), (Path, "write_text", full),
-              (train.torch, "save", full_for_torch),
-              (train.cache, "save", full), (train, "sync", full), (train.os, "replace", full)]
-    problems = write(tmp_path / "p.jsonl", *lines_of(TINY / "train.jsonl")[:3])
-    for number, (owner, name, failure) in enumerate(places):
-        out = tmp_path / str(number)
-        with monkeypatch.context() as patch:
-            real = train.save_checkpoint
-
-            def save(run, *rest):
-                with monkeypatch.context() as inner:
-                    if run.progress.step == 2:
-                        inner.setattr(owner, name, failure)
-                    real(run, *rest)
-            patch.setattr(train, "save_checkpoint", save)
-            options = ["--steps", "2", "--save-every", "1", "--data", problems, "--max-response", "150"]
-            run_with(out, *options)
-        assert "could not be written" in capsys.readouterr().out
-        assert [f.name for f in out.glob("checkpoint*")] == ["checkpoint-000001"]
-        assert train.main(["--resume", str(out), "--eval-every", "0"]) == 0
-        assert sorted(f.name for f in out.glob("checkpoint*")) == ["checkpoint-000002"]
+    places = [(PreTrainedModel, "save_pretrained", full), (PreTrainedTokenizerBase, "save_pretrained", full),
+              (Path, "write_text", full), (torch, "save", full_for_torch), (cache, "save", full),
+              (os, "replace", full)]
+    for owner, name, failure in places:
+        with monkeypatch.context() as patch:  # there is no value that makes a disk full
+            patch.setattr(owner, name, failure)
+            train.save_checkpoint(config, out, task, policy, optimizer, replace(state, step=2))
+        assert "step 2: the checkpoint could not be written" in capsys.readouterr().out
+        assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+    assert train.load_state(out / "checkpoint-000001", task) == state
+    train.save_checkpoint(config, out, task, policy, optimizer, replace(state, step=2))
+    assert [f.name for f in out.glob("checkpoint*")] == ["checkpoint-000002"]
+    assert (out / "policy").resolve() == (out / "checkpoint-000002" / "policy").resolve()
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(tmp_path, monkeypatch, capsys):
-    real, calls = rpo.policy_loss, []
-
-    def broken(*args, **kwargs):
-        loss, sums = real(*args, **kwargs)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) in bad else loss), sums
-
-    monkeypatch.setattr(rpo, "policy_loss", broken)
-    for bad, code, steps in (({1}, 0, "2"), (set(range(1, 99)), 1, "12")):
-        calls.clear()
-        out = tmp_path / str(code)
-        options = ["--steps", steps, "--algo", "grpo", "--problems-per-step", "3", "--dynamic-rounds", "1",
-                   "--eval-every", "0", "--temperature", "1.3", "--max-cut", "1.0", "--length-reward", "0.1",
-                   "--max-response", "60"]
-        monkeypatch.setattr(rewards.Checker, "check",
-                            lambda self, pairs: [i % 2 == 0 for i, _ in enumerate(pairs)])
-        assert train.main([*QUICK, *options, "--out", str(out)]) == code
-        metrics = lines_of(out / "metrics.jsonl")
-        assert sum(m["policy/skipped_updates"] for m in metrics) == (1 if code == 0 else 9)
-        weights = AutoModelForCausalLM.from_pretrained(out / "policy").state_dict()
-        start = AutoModelForCausalLM.from_pretrained(TINY).state_dict()
-        assert all(torch.isfinite(w).all() for w in weights.values())
-        assert all(torch.equal(w, start[n]) for n, w in weights.items()) == (code == 1)
-        dumped = json.loads((out / "skipped-1.json").read_text())
-        assert {"context", "suffixes", "advantages"} <= dumped[0].keys()
+def test_a_gradient_that_is_not_finite_is_left_out(tmp_path, capsys):
+    """After ten, the first paths of the last step stayed in the cache once, their tokens not counted."""
+    def run(out: Path, last: int, *options: str) -> int:
+        """Rewards of 1e300 until the step `last`: their advantages are infinite in float32."""
+        body = f"return [(1e300 if step < {last} else 1.0) * i for i in range(len(texts))]"
+        options = (*options, *reward_file(tmp_path / f"{out.name}.py", out, body), "--out", str(out))
+        return train.main([*QUICK, *options, "--algo", "dr_grpo", "--dynamic-rounds", "1", "--eval-every",
+                           "0", "--cache-init-chunk", "3", "--no-skip-certain", "--max-response", "60"])
+    out = tmp_path / "one"
+    assert run(out, 1, "--steps", "2") == 0
+    assert [m["policy/skipped_updates"] for m in lines_of(out / "metrics.jsonl")] == [1, 0]
+    assert all(torch.isfinite(w).all() for w in weights_of(out / "policy").values())
+    dumped = json.loads(next(out.glob("skipped-1*.json")).read_text())
+    assert len(dumped) == 3 and {"prompt", "prefix", "suffixes", "rewards"} <= dumped[0].keys()
+    assert not same_weights(TINY, out / "policy")
+    out = tmp_path / "ten"  # three a step: the tenth is in the fourth step
+    assert run(out, 99, "--steps", "5", "--updates-per-rollout", "3") == 1
     assert "ten updates in a row" in capsys.readouterr().err
-    assert (out / "checkpoint-000009").is_dir()
-    bad = set()  # the eleventh one is sound
-    assert train.main(["--resume", str(out)]) == 0
-    assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == list(range(1, 13))
-    assert {r["step"] for r in lines_of(out / "samples.jsonl")} == set(range(1, 13))
+    assert same_weights(TINY, out / "policy")
+    metrics = lines_of(out / "metrics.jsonl")
+    assert [m["policy/skipped_updates"] for m in metrics] == [3, 3, 3]
+    assert len(list(out.glob("skipped-2*.json"))) == 3  # of each update
+    assert [f.name for f in out.glob("checkpoint*")] == ["checkpoint-000003"]
+    state = json.loads((out / "checkpoint-000003" / "state.json").read_text())
+    assert state["tokens_generated"] == metrics[-1]["tokens/generated"] and state["skipped_in_a_row"] == 0
+    assert len(lines_of(out / "cache.jsonl")) - 1 == metrics[-1]["cache/entries"] == 9  # three a step
+    assert run(out, 0, "--steps", "5", "--updates-per-rollout", "3") == 0  # sound from the fourth step on
+    assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert {r["step"] for r in lines_of(out / "samples.jsonl")} == {1, 2, 3, 4, 5}
+    assert not same_weights(TINY, out / "policy")
 
 
-def test_collapse_is_named_once(tmp_path, capsys):
-    run = type("Run", (), {"warned": set()})
+def test_collapse_is_named_once(capsys):
+    warned = frozenset()
     for entropy in (0.1, 0.001, 0.001):
-        train.warn_of_collapse(run, {"step": 3, "policy/entropy": entropy, "group/zero_std_fraction": 1.0,
-                                     "response/finished_fraction": 0.5})
+        warned = train.warn_once({"step": 3, "policy/entropy": entropy, "group/zero_std_fraction": 1.0,
+                                  "response/finished_fraction": 0.5}, warned)
     said = capsys.readouterr().out
     assert said.count("policy/entropy") == 1 and said.count("zero_std") == 1 and "finished" not in said
 
@@ -1607,33 +1696,19 @@ def test_text_of_problems_never_reaches_the_screen_raw(tmp_path, capsys):
     assert "cannot be checked" in said.out and not set(said.out + said.err) & {"\x1b", "\x07"}
 
 
-def test_code_in_a_model_folder_needs_consent(tmp_path, capsys):
+def test_code_and_pickles_in_a_model_folder_are_never_run(tmp_path, capsys):
     folder = tmp_path / "model"
-    train.shutil.copytree(TINY, folder)
+    shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
-    (folder / "config.json").write_text(json.dumps(config))
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     message = expect_error(capsys, tmp_path / "out", "--model", str(folder))
     assert "trust_remote_code" in message.replace("-", "_") and not (tmp_path / "ran").exists()
-
-
-@pytest.mark.slow
-def test_a_run_with_one_gradient_that_is_not_finite_still_learns(tmp_path, monkeypatch):
-    real, calls = rpo.policy_loss, []
-
-    def broken(*args, **kwargs):
-        loss, sums = real(*args, **kwargs)
-        calls.append(1)
-        return (loss * float("nan") if len(calls) == 3 else loss), sums
-
-    monkeypatch.setattr(rpo, "policy_loss", broken)
-    preset = Path(train.__file__).with_name("presets") / "tiny.args"
-    out = tmp_path / "run"
-    assert train.main([f"@{preset}", "--model", str(TINY), "--steps", "15", "--out", str(out)]) == 0
-    metrics = lines_of(out / "metrics.jsonl")
-    assert sum(m.get("policy/skipped_updates", 0) for m in metrics) == 1
-    assert metrics[-1]["eval/accuracy"] > metrics[0]["eval/accuracy"] + 0.05
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(weights_of(TINY), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "no weights (*.safetensors)" in expect_error(capsys, tmp_path / "out", "--model", str(folder))
 
 
 KILLED = [*QUICK, "--steps", "4", "--save-every", "1", "--eval-every", "2", "--eval-problems", "4"]
@@ -1664,13 +1739,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(method, algo, tmp_path)
 
 SWITCHES = {  # what the pairs of options are made of
     "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
-    "--max-cut": ["20", "0.5", "adaptive"], "--max-suffix": ["", "30", "2.0"], "--epsilon": ["0.5", "1"],
-    "--cache-init": ["policy", "solutions"], "--cache-keep-correct": [False, True],
-    "--full-every": ["0", "2"], "--length-reward": ["0", "0.01"], "--length-reference": ["all", "correct"],
-    "--format-weight": ["0", "0.5"], "--cosine-weight": ["0", "1"], "--overlong-penalty": ["0", "1"],
+    "--max-cut": ["20", "0.5"], "--cut-tail": ["0", "2"], "--cut-position": ["uncertain", "uniform"],
+    "--skip-certain": [False, True], "--epsilon": ["0.5", "1"], "--cache-init": ["policy", "solutions"],
+    "--cache-keep-correct": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
     "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],
-    "--advantage": [None, "std", "mean", "leave_one_out"], "--aggregation": [None, "token", "budget"],
-    "--gradient-checkpointing": [False, True]}
+    "--lr-decay-steps": ["0", "2"], "--gradient-checkpointing": [False, True]}
 
 
 def all_pairs() -> list[dict[str, object]]:
@@ -1698,7 +1771,7 @@ def test_every_pair_of_switches_runs_five_steps_with_finite_metrics(row, tmp_pat
     options = ["--data", write(tmp_path / "p.jsonl", *problems)]
     for name, value in row.items():
         flag = name if value else name.replace("--", "--no-", 1)
-        options += [flag] if isinstance(value, bool) else [] if value is None else [name, value]
+        options += [flag] if isinstance(value, bool) else [name, value]
     metrics = run_with(tmp_path / "run", *options, "--steps", "5", "--max-response", "200")
     assert len(metrics) == 5 and all(math.isfinite(v) for m in metrics for v in m.values())
 
@@ -1708,9 +1781,10 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
     preset.write_text("# a comment\n--algo grpo --steps 7\n--instruction 'two words'  # and another\n")
     config = train.parse_config([f"@{preset}", "--steps", "9"])
     assert (config.algo, config.steps, config.instruction) == ("grpo", 9, "two words")
-    assert (config.clip_high, config.aggregation, config.dynamic_rounds) == (0.2, "response", 1)
-    config = train.parse_config(["--clip-high", "0.25", "--rollout", "full"])
-    assert (config.algo, config.clip_high, config.clip_low, config.length_reward) == ("dapo", 0.25, 0.2, 0)
+    assert (config.dynamic_rounds, config.overlong_penalty, config.length_reward) == (1, 0, 0.01)
+    config = train.parse_config(["--overlong-penalty", "0.25", "--rollout", "full"])
+    assert (config.algo, config.overlong_penalty, config.dynamic_rounds, config.length_reward) == (
+        "dapo", 0.25, 10, 0)
 
 
 @pytest.mark.parametrize("arguments, word", [
@@ -1721,10 +1795,9 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
     (["--model", "Unheard-of"], "Unheard-of"), (["--updates-per-rollout", "4"], "--updates-per-rollout"),
     (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
     (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args"),
-    (["--max-suffix", "0.5"], "--max-suffix"), (["--algo", "ppo"], "ppo"),
-    (["--overlong-buffer", "0"], "--overlong-buffer"), (["--adaptive-high", "3"], "--adaptive-high")])
+    (["--algo", "ppo"], "ppo"), (["--grad-clip", "2"], "--grad-clip")])
 def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no model of that name is asked for
     out = tmp_path / "out"
     try:
         code = train.main([*QUICK, "--out", str(out), *arguments])
@@ -1736,11 +1809,6 @@ def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys,
     assert not out.exists()
 
 
-def expect_error(capsys, out: Path, *arguments: str) -> str:
-    assert train.main([*QUICK, "--out", str(out), *arguments]) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     six = [{"problem": str(i), "answer": "1"} for i in range(6)]
@@ -1750,17 +1818,13 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     assert "line 1" in expect_error(capsys, out, "--data", nameless)
     empty = write(tmp_path / "empty.jsonl", {"problem": "no answer"})
     assert "no problem left" in expect_error(capsys, out, "--data", empty)
-    folder = tmp_path / "no_weights"
-    folder.mkdir()
-    (folder / "config.json").write_text((TINY / "config.json").read_text())
-    assert "no weights" in expect_error(capsys, out, "--model", str(folder))
-    assert not out.exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_text("{}\n")
     assert "holds no run" in expect_error(capsys, other)
     assert os.listdir(other) == ["metrics.jsonl"]
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
+    # there is no value that makes a disk small
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
     assert "not enough disk" in expect_error(capsys, out)
     assert not out.exists()
 
@@ -1797,26 +1861,28 @@ def test_majority_and_its_ties_by_hand():
 
 def test_equal_answers_are_one_vote():
     with Checker(workers=0) as checker:
-        answers = ["1/2", None, r"\frac{1}{2}", "0.5", "3", None, "3.0"]
-        got = evaluation.cluster(answers, checker)
+        given = ["1/2", None, r"\frac{1}{2}", "0.5", "3", None, "3.0"]
+        got = evaluation.cluster(given, checker)
     assert got == [0, -1, 0, 0, got[4], -1, got[4]] and got[4] > 0
 
 
-def test_the_interval_covers_the_mean_in_95_percent_of_simulations(monkeypatch):
-    monkeypatch.setattr(evaluation, "BOOTSTRAP", 500)
-    rng, hits = np.random.default_rng(0), 0
-    for i in range(400):  # pass rates of 100 problems, drawn from a Beta(1, 2): mean 1/3
-        low, high = evaluation.interval(rng.binomial(8, rng.beta(1, 2, 100)) / 8, seed=i)
-        hits += low <= 1 / 3 <= high
-    assert 0.92 <= hits / 400 <= 0.975  # 95 % +- 2.7 standard errors
+def test_the_interval_is_that_of_a_normal_mean():
+    # 400 problems, a quarter of them solved: standard error sqrt(1/4 * 3/4 / 400)
+    half = 1.96 * math.sqrt(3 / 16 / 400)
+    got = evaluation.interval([1.0] * 100 + [0.0] * 300)
+    assert got == pytest.approx((0.25 - half, 0.25 + half), abs=0.003)
+    assert evaluation.interval([0.5] * 9) == (0.5, 0.5)
 
 
-def test_segment_figures_by_hand():
+def test_segment_figures_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(Path(train.__file__).with_name("benchmarks"))  # a script beside its common.py
+    segments = pytest.importorskip("segments")
+
     def record(name, *correct):
         return {"id": name, "correct": [bool(c) for c in correct]}
     rows = {0.0: [record("a", 0, 0), record("b", 1, 0)], 0.5: [record("a", 1, 1), record("b", 1, 0)],
             0.9: [record("a", 1, 1), record("b", 0, 0)]}
-    got = evaluation.segment_figures(rows, {"a": True, "b": False})
+    got = segments.segment_figures(rows, {"a": True, "b": False})
     assert [row["all"][0] for row in got["table"]] == [0.25, 0.75, 0.5]
     assert [row["right"][0] for row in got["table"]] == [0, 1, 1]
     assert [row["wrong"][0] for row in got["table"]] == [0.5, 0.5, 0]
@@ -1837,12 +1903,12 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     options = ["--data", source, "--samples", "4", "--temperature", "0.8", "--top-p", "0.95"]
     first = evaluated(tmp_path / "a", *options)
     figures, path = first["results"]["easy"], tmp_path / "a" / "responses-easy.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()][1:]
+    records = lines_of(path)[1:]
     assert figures["avg"] == pytest.approx(np.mean([r["correct"] for r in records]))
     assert figures["pass@4"] == pytest.approx(np.mean([any(r["correct"]) for r in records]))
     assert figures["tokens"] == sum(n for r in records for n in r["tokens"]) == figures["tokens_sampled"]
     for record in records:
-        assert record["correct"] == [is_correct(t, record["answer"], loose=False)
+        assert record["correct"] == [is_correct(t, record["answer"])
                                      for t in record["responses"]]
     for key in ("template", "checker", "commit", "seed", "top_p", "instruction", "max_response"):
         assert key in first["protocol"]
@@ -1862,51 +1928,30 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     assert f"{gap:+.4f}" in capsys.readouterr().out
 
 
-def test_every_sample_of_an_evaluation_has_its_own_seed(monkeypatch):
-    seen = []
-    monkeypatch.setattr(rollout, "generate", lambda model, requests, *rest: seen.extend(
-        seed for request in requests for seed in request.seeds))
-    evaluator = evaluation.Evaluator(None, None, None, None, 1.0, 50, 7)
-    for key in ((0,), (1,)):
-        evaluator.run([(p, [1], [], key) for p in load(str(TINY / "test.jsonl"))[:3]], 4, print, "")
-    assert len(seen) == len(set(seen)) == 24
-
-
-def test_segments_of_worked_solutions_and_of_a_cache_file(finished, tmp_path, capsys):
-    problems = lines_of(TINY / "train.jsonl")[:4]
-    source = write(tmp_path / "p.jsonl", *problems)
-    options = ["--data", source, "--segments", "0.5,0.98,1", "--samples", "3", "--temperature", "1.0",
-               "--max-response", "420"]
-    results = evaluated(tmp_path / "a", *options, "--paths", "solutions")["results"]["p"]
-    assert [row["kept"] for row in results["table"]] == [0.5, 0.98, 1.0]
-    assert results["table"][2]["all"][0] == 1.0  # only the end token is left
-    assert results["table"][0]["wrong"] is None and results["table"][0]["right"][3] == 4
+def test_every_sample_of_an_evaluation_has_its_own_seed():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    for record in map(json.loads, (tmp_path / "a" / "responses-p.jsonl").read_text().splitlines()[1:]):
-        solution = next(p["solution"] for p in problems if p["answer"] == record["answer"])
-        kept = tokenizer.encode(solution, add_special_tokens=False)[:record["prefix_tokens"]]
-        length = len(tokenizer.encode(solution, add_special_tokens=False)) + 1
-        assert record["prefix_tokens"] == min(int(record["kept"] * length), length - 1)
-        assert all(text.startswith(tokenizer.decode(kept)) for text in record["responses"])
-    sampled = evaluated(tmp_path / "c", "--data", source, "--segments", "0.9", "--temperature", "1.0")
-    assert sampled["results"]["p"]["problems"] == 4
-    cached = evaluated(tmp_path / "b", "--max-response", "420", "--data", str(TINY / "train.jsonl"),
-                       "--segments", "0.9",
-                       "--temperature", "1.0", "--paths", str(finished / "cache.jsonl"))
-    assert cached["results"]["train"]["problems"] == len(lines_of(finished / "cache.jsonl")) - 1
+    policy = policies.load_policy(TINY, len(tokenizer), torch.device("cpu"))
+    how = rollout.Sampling((), len(tokenizer), temperature=9.0)  # nearly uniform: nothing alike by chance
+    evaluator = evaluation.Evaluator(policy, tokenizer, how, Checker(workers=0), 1.0, 20, 7)
+    problems = load(str(TINY / "test.jsonl"))[:3]
+
+    def responses(*keys: tuple[int, ...]) -> list[str]:
+        records = []
+        evaluator.run([(p, [5, 6], [], key) for key in keys for p in problems], 4, records.append, "")
+        return sorted(text for record in records for text in record["responses"])
+    seen = responses((0,), (1,))
+    assert len(set(seen)) == len(seen) == 24
+    assert set(responses((1,))) < set(seen)  # and the same again
 
 
 @pytest.mark.parametrize("arguments, word", [
     (["--model", str(TINY), "--data", f"{TINY}/test.jsonl,{TINY}/test.jsonl"], "test"),
     ([], "--model"), (["--model", "x", "--data", "y", "--samples", "0"], "--samples"),
-    (["--model", "x", "--data", "y", "--segments", "0,2"], "--segments"),
+    (["--model", "x", "--data", "y", "--top-p", "0"], "--top-p"),
     (["--model", "x", "--data", "y", "--samples", "4"], "greedy"), (["--compare", "a", "b"], "--compare a"),
-    (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500"),
-    (["--model", str(TINY), "--data", str(TINY / "test.jsonl"), "--segments", "0.5", "--paths", "none.jsonl",
-      "--out", "runs"], "none.jsonl")])
+    (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500")])
 def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     try:
         code = evaluation.main(arguments)
     except SystemExit as end:
@@ -1917,9 +1962,8 @@ def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, 
 
 @pytest.mark.slow  # the headline of the README: minutes
 def test_the_default_job_learns_and_generates_a_tenth_of_the_tokens(tmp_path):
-    preset = Path(train.__file__).with_name("presets") / "tiny.args"
     out = tmp_path / "run"
-    assert train.main([f"@{preset}", "--model", str(TINY), "--seed", "1", "--out", str(out)]) == 0
+    assert train.main([f"@{PRESET}", "--model", str(TINY), "--seed", "1", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.25
     assert summary["tokens_generated"] <= 0.1 * summary["tokens_full_path"]
