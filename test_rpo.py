@@ -1,4 +1,5 @@
 """Tests: numbers by hand or by an independent path (a plain full-sequence forward, model.generate)."""
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -486,61 +487,58 @@ def sgd_by_hand(model, lr: float, updates: list[tuple[int, ...]], ref: Table) ->
     return norms
 
 
-def updated(policy: Policy, ref: Policy, advantages: list[list[float]], times: int = 1):
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
-    groups = [replace(g, logprobs=[[x + 0.25 for x in row] for row in rows])
-              for g, rows in zip(GROUPS, as_floats(plain_table(policy.model)))]
-    objective = replace(rpo.ALGORITHMS["dapo"], kl_coef=0.1)
-    return rpo.update(policy, ref, optimizer, groups * times, advantages * times, objective, 0.8, 2, 130)[:2]
-
-
 def test_two_updates_of_a_step_are_those_written_out_by_hand(capsys):
-    """The i-th update has every second group; out of memory halves the micro-batches and nothing else."""
+    """The i-th has every second group; out of memory halves the micro-batches and changes nothing else; one
+    without a finite gradient is left out."""
     model, ref = in_float64(random_model("Qwen2")), in_float64(random_model("Qwen2"))
     with torch.no_grad():
         for p in ref.parameters():
             p *= 1.05
-    start, table = copy.deepcopy(model.state_dict()), as_floats(plain_table(ref))
-    norms = sgd_by_hand(model, 0.05, [(0, 2), (1, 3)], table)
-    assert min(norms) > 1  # both are clipped
-    want, plenty = [p.detach().clone() for p in model.parameters()], []
-    model.load_state_dict(start)
+    start, table, plenty = copy.deepcopy(model.state_dict()), as_floats(plain_table(ref)), []
+    sampled = [[[x + 0.25 for x in row] for row in rows] for rows in as_floats(plain_table(model))]
+    groups = [replace(g, logprobs=rows) for g, rows in zip(GROUPS, sampled)]
     policy, ref = Policy(model, VOCAB), Policy(ref, VOCAB)
-    metrics, got = updated(policy, ref, ADVANTAGES)
+
+    def by_hand(*updates: tuple[int, ...]) -> list[float]:
+        model.load_state_dict(start)
+        norms = sgd_by_hand(model, 0.05, updates, table)
+        want.extend(p.detach().clone() for p in model.parameters())
+        return norms
+
+    def update(advantages: list[list[float]], times: int = 1) -> tuple[dict[str, float], list[float]]:
+        model.load_state_dict(start)
+        optimizer, objective = torch.optim.SGD(model.parameters(), lr=0.05), rpo.ALGORITHMS["dapo"]
+        result = rpo.update(policy, ref, optimizer, groups * times, advantages * times,
+                            replace(objective, kl_coef=0.1), 0.8, 2, 130)
+        assert_close(list(policy.parameters()), want, 1e-5)
+        assert all(p.grad is None for p in policy.parameters()) and not policy.training
+        return result
+
+    want: list[torch.Tensor] = []
+    norms = by_hand((0, 2), (1, 3))
+    assert min(norms) > 1  # both are clipped
+    metrics, got = update(ADVANTAGES)
     assert got == pytest.approx(norms, rel=1e-4)
-    assert_close(list(policy.parameters()), want, 1e-5)
-    tokens = sum(len(s) for g in GROUPS for s in g.suffixes)
-    assert metrics["policy/skipped_updates"] == 0 and metrics["tokens/trained"] == tokens
+    tokens = [sum(map(len, g.suffixes)) for g in GROUPS]
+    assert metrics["policy/skipped_updates"] == 0 and metrics["tokens/trained"] == sum(tokens)
     assert metrics["policy/grad_norm"] == pytest.approx(sum(norms) / 2, rel=1e-4)
     # log-probs of the rollout differ by 1/4 from those of the policy that is trained
     assert metrics["policy/sampling_gap_mean"] == pytest.approx(0.25, abs=1e-4)
     assert metrics["policy/sampling_gap_max"] == pytest.approx(0.25, abs=1e-4)
     assert metrics["policy/approx_kl"] > 0 and metrics["policy/kl_ref"] > 0
-    model.load_state_dict(start)
-    assert all(p.grad is None for p in policy.parameters()) and not policy.training
 
     def scarce() -> None:
         plenty.append(torch.is_grad_enabled())
         if sum(plenty) == 2 and plenty[-1]:  # after the first micro-batch has left its gradient
             out_of_memory()
     with hooked(Policy, scarce):
-        updated(policy, ref, ADVANTAGES, times=3)  # of the same mean over tokens, in two micro-batches
+        update(ADVANTAGES, times=3)  # of the same mean over tokens, in two micro-batches
     assert "half of --tokens-per-forward 130" in capsys.readouterr().out
-    assert_close(list(policy.parameters()), want, 1e-5)
-
-
-def test_an_update_without_a_finite_gradient_is_left_out_with_its_groups():
-    model = in_float64(random_model("Qwen2"))
-    start, ref = copy.deepcopy(model.state_dict()), Policy(copy.deepcopy(model), VOCAB)
-    sgd_by_hand(model, 0.05, [(1, 3)], as_floats(plain_table(model)))
-    want = [p.detach().clone() for p in model.parameters()]
-    model.load_state_dict(start)
-    bad = [[math.nan] * len(ADVANTAGES[0]), *ADVANTAGES[1:]]
-    metrics, norms = updated(Policy(model, VOCAB), ref, bad)
+    want.clear()
+    by_hand((1, 3))
+    metrics, norms = update([[math.nan] * len(ADVANTAGES[0]), *ADVANTAGES[1:]])
     assert not math.isfinite(norms[0]) and math.isfinite(norms[1])
-    assert_close(list(model.parameters()), want, 1e-5)
-    assert metrics["policy/skipped_updates"] == 1
-    assert metrics["tokens/trained"] == sum(len(s) for i in (1, 3) for s in GROUPS[i].suffixes)
+    assert metrics["policy/skipped_updates"] == 1 and metrics["tokens/trained"] == tokens[1] + tokens[3]
 
 
 # ------------------------------------------------------------------------------- objectives
@@ -573,15 +571,6 @@ def test_clipping_by_hand():
     loss.backward()
     # d(ratio)/d(logprob) = ratio where not clipped
     assert logprobs.grad[:, 0].tolist() == pytest.approx([0, 0.3, -0.1, 0, -0.25], abs=1e-6)
-
-
-def test_advantages_that_sum_to_zero_have_a_loss_of_zero_and_a_gradient():
-    advantages = torch.tensor(rpo.group_advantages([1, 0, 0, 0]))  # they sum to 0
-    logprobs = torch.zeros(4, 3, requires_grad=True)
-    loss, _ = rpo.policy_loss(logprobs, mask_of(2, 1, 3, 2), advantages, 4, rpo.Objective())
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-7)  # and still there is a gradient
-    assert logprobs.grad[:, 0].tolist() == pytest.approx([-1.5 / 8, 0.5 / 4, 0.5 / 12, 0.5 / 8], abs=1e-5)
 
 
 def test_the_six_algorithms_by_hand():
@@ -1244,9 +1233,19 @@ def run_with(out: Path, *options: str) -> list[dict]:
     return lines_of(out / "metrics.jsonl")
 
 
+def error_of(main: Callable, capsys, *arguments: str) -> str:
+    """The one sentence with which a program ends with code 2."""
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and message.startswith(f"{Path(sys.modules[main.__module__].__file__).name}: error: ")
+    return message
+
+
 def expect_error(capsys, out: Path, *arguments: str) -> str:
-    assert train.main([*QUICK, "--out", str(out), *arguments]) == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    return error_of(train.main, capsys, *QUICK, "--out", str(out), *arguments)
 
 
 def outcome(out: Path) -> tuple:
@@ -1598,9 +1597,7 @@ def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
     for changed in (["--lr", "2e-3", "--seed", "4"], ["--algo", "grpo"]):
         message = expect_error(capsys, out, *changed, "--steps", "5")
         assert all(flag in message for flag in changed[::2]) and "--steps" not in message
-    with pytest.raises(SystemExit):
-        train.main(["--resume", str(out), "--resume", str(tmp_path / "nothing")])
-    assert "holds no run" in capsys.readouterr().err
+    assert "holds no run" in error_of(train.main, capsys, "--resume", str(tmp_path / "nothing"))
     assert train.main(["--resume", str(out), "--steps", "4", "--save-every", "1", "--eval-every", "9",
                        "--keep-checkpoints", "2"]) == 0
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [0, 1, 2, 3, 4]
@@ -1611,8 +1608,7 @@ def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
     config = json.loads((out / "config.json").read_text())
     config["data"] = write(tmp_path / "other.jsonl", *lines_of(TINY / "train.jsonl")[:9])
     (out / "config.json").write_text(json.dumps(config))  # as if the file of the run had changed
-    assert train.main(["--resume", str(out)]) == 2
-    assert "problems" in capsys.readouterr().err
+    assert "problems" in error_of(train.main, capsys, "--resume", str(out))
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch, capsys):
@@ -1799,14 +1795,7 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
 def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no model of that name is asked for
     out = tmp_path / "out"
-    try:
-        code = train.main([*QUICK, "--out", str(out), *arguments])
-    except SystemExit as exit:
-        code = exit.code
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2
-    assert word in message and message.startswith("train.py: error: ")
-    assert not out.exists()
+    assert word in expect_error(capsys, out, *arguments) and not out.exists()
 
 
 def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
@@ -1827,6 +1816,27 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
     assert "not enough disk" in expect_error(capsys, out)
     assert not out.exists()
+
+
+FLOORS = [{"answers", "cache", "data"}, {"policy", "rewards"}, {"rollout", "rpo"}, {"eval"}, {"train"}]
+
+
+def test_no_import_runs_up_a_floor_and_none_makes_a_circle():
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert set(floor) == {p.stem for p in Path(train.__file__).parent.glob("*.py")} - {"test_rpo"}
+    uses = {}
+    for name in floor:
+        tree = ast.parse(Path(train.__file__).with_name(f"{name}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        uses[name] = imported & set(floor)
+        assert all(floor[used] <= floor[name] for used in uses[name]), name
+    assert not any("train" in used for used in uses.values()) and "rpo" not in uses["rollout"]
+    done: set[str] = set()
+    while len(done) < len(uses):  # a circle would never become ready
+        ready = {name for name in uses if uses[name] <= done} - done
+        assert ready, f"a circle among {set(uses) - done}"
+        done |= ready
 
 
 def test_importing_a_module_has_no_side_effect_and_the_command_line_answers(tmp_path):
@@ -1919,9 +1929,8 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     assert 0 < again["tokens_sampled"] < figures["tokens_sampled"]
     for key in ("avg", "maj", "tokens", "per_problem", "length"):
         assert again[key] == figures[key]
-    capsys.readouterr()
-    assert evaluation.main([*EVAL, "--out", str(tmp_path / "a"), *options[:-2]]) == 2
-    assert "other options" in capsys.readouterr().err
+    changed = error_of(evaluation.main, capsys, *EVAL, "--out", str(tmp_path / "a"), *options[:-2])
+    assert "other options" in changed
     greedy = evaluated(tmp_path / "b", "--data", source)
     assert evaluation.main(["--compare", *(str(tmp_path / x / "results.json") for x in "ab")]) == 0
     gap = greedy["results"]["easy"]["avg"] - figures["avg"]
@@ -1952,12 +1961,7 @@ def test_every_sample_of_an_evaluation_has_its_own_seed():
     (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500")])
 def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = evaluation.main(arguments)
-    except SystemExit as end:
-        code = end.code
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code == 2 and word in message and message.startswith("eval.py: error: ")
+    assert word in error_of(evaluation.main, capsys, *arguments)
 
 
 @pytest.mark.slow  # the headline of the README: minutes
