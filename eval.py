@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import answers
 import data
@@ -200,6 +200,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-response", type=int, default=3072, help="longest response, tokens")
     add("--instruction", default=data.INSTRUCTION)
     add("--instruction-role", choices=("system", "user"), default="system")
+    add("--template-args", default="", help="JSON for the chat template, as in train.py")
     add("--memory", type=float, default=0.0,
         help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     add("--seed", type=int, default=0)
@@ -244,6 +245,7 @@ def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
     return {"model": args.model, "samples": args.samples, "temperature": args.temperature,
             "top_p": args.top_p, "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
             "instruction": args.instruction, "instruction_role": args.instruction_role,
+            "template_args": args.template_args,
             "template": fingerprint(tokenizer.chat_template or "plain"),
             "checker": fingerprint((here / "answers.py").read_text()),
             "data": {name: {"source": source, "problems": len(problems),
@@ -302,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         sets = load_problems(args)
         folder = data.find_model(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = data.load_tokenizer(folder)
         protocol = protocol_of(args, tokenizer, sets)
         out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
@@ -332,8 +334,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Problem],
             earlier: list[dict], path: Path) -> dict[str, object]:
     """One benchmark: what is missing is sampled, each record written at once."""
-    prompts = {p.id: data.encode_prompt(evaluator.tokenizer, p.question, args.instruction,
-                                        args.instruction_role) for p in problems}
+    arguments = data.template_arguments(args.template_args)
+    style = data.PromptStyle(args.instruction, args.instruction_role, arguments)
+    prompts = data.encode_prompts(problems, evaluator.tokenizer, style, sys.maxsize)
+    window = getattr(evaluator.policy.model.config, "max_position_embeddings", None) or sys.maxsize
+    if (longest := max(map(len, prompts.values()))) + args.max_response > window:
+        raise ValueError(f"--max-response {args.max_response}: with the longest prompt of {path.stem} "
+                         f"({longest} tokens) more than the {window} positions of {args.model}; give at most "
+                         f"{max(1, window - longest)}, or other data")
     start, records = time.perf_counter(), list(earlier)
     with open(path, "a") as file:
         def keep(record: dict) -> None:

@@ -5,21 +5,21 @@ V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
-from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+
+from data import say_once
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 Span = tuple[int, int, int, int]  # (start, P, G, S): P context tokens, then G * S suffix tokens
-say_once = functools.cache(tqdm.write)
 LOGITS_PER_CHUNK = 2**24  # float32 logits held at once, 64 MiB: the [R, S, V] tensor never exists
 
 
@@ -253,10 +253,13 @@ class Policy(torch.nn.Module):
         self.model, self.vocab_size, self.dtype = model, vocab_size, dtype
         self.fused = model.device.type == "cpu"  # kernels that return the log-sum-exp parts are merged by
         self.logits_per_chunk = LOGITS_PER_CHUNK
-        for module in model.modules():
+        for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # sampling and training forward must be the same function
-        self.eval()
+                module.p = 0.0
+            for owner in (module, getattr(module, "config", None)):  # what some models call by F.dropout
+                for name, value in list(vars(owner).items()) if owner else ():
+                    if "drop" in name and isinstance(value, float):
+                        setattr(owner, name, 0.0)
         self._verify()
 
     @property
@@ -297,16 +300,22 @@ class Policy(torch.nn.Module):
         """Switch the model to shared-prefix attention and compare its logits with its own plain forward."""
         tree = Tree([5, 3, 8, 2, 7, 1], [[4, 9, 6, 2], [1, 6, 3, 3]])
         batch, error = pack([tree], self.device), "its logits differ from those of its plain forward"
-        plain = torch.stack([self.model(torch.tensor([tree.context + s], device=self.device)).logits[0, -2]
-                             for s in tree.suffixes])
         try:
+            self.eval()
+            whole = [torch.tensor([tree.context + suffix], device=self.device) for suffix in tree.suffixes]
+            plain = torch.stack([self.model(ids).logits[0, -2] for ids in whole])
+            rope = getattr(self.model.config, "rope_parameters", None) or {}
+            if {"longrope", "dynamic"} & {str(value) for value in (rope.get("rope_type"), *rope.values())}:
+                raise ValueError("its rotary factors change with the length of the sequence")
             self.model.set_attn_implementation("shared_prefix")
+            self.train()  # in which dropout would act
             states = self.states(batch.input_ids, batch.position_ids, Packed(batch.spans, self.fused))
+            self.eval()
             if torch.allclose(self.logits(states[batch.index[:, -1]]), plain, rtol=1e-3,
                               atol=1e-3 * float(plain.abs().max())):
                 return
-        except (TypeError, AttributeError, ValueError) as reason:
-            error = str(reason)
+        except Exception as reason:  # whatever a foreign architecture raises
+            error = str(reason) if isinstance(reason, ValueError) else repr(reason)
         raise ValueError(f"--model: {type(self.model).__name__} cannot share prefixes ({error}); models with "
                          "full causal attention and a plain output layer can, such as Llama, Qwen2 and Qwen3")
 
@@ -315,9 +324,16 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
                 dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
     """The causal language model in `folder` (safetensors only), computing in `dtype`.
     weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
-    are verified in float32, whose rounding hides no difference. Raises ValueError as Policy does."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                                 trust_remote_code=False)
+    are verified in float32, whose rounding hides no difference. Raises ValueError if it cannot be loaded or
+    weights are missing, and as Policy does."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
+                                                           trust_remote_code=False, output_loading_info=True)
+    except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"--model: {folder} cannot be loaded ({type(error).__name__}: {error})") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:4])}"
+                         + f" and {len(missing) - 4} more" * (len(missing) > 4))
     return Policy(model.to(device), vocab_size, dtype).to(weights)
 
 

@@ -110,12 +110,15 @@ class RewardFile:
         """{"file": rewards} or {"file/NAME": rewards, ...}. Raises RewardFileError."""
         try:
             value = self.reward(problem, list(texts), list(lengths), list(correct))
-            named = {f"file/{k}": v for k, v in value.items()} if isinstance(value, dict) else {"file": value}
-            parts = {name: [float(x) for x in values] for name, values in named.items()}
         except Exception as error:
             line = error.__traceback__.tb_next.tb_lineno if error.__traceback__.tb_next else "?"
             raise RewardFileError(f"{self.name}: reward() failed at line {line}: {error!r}") from error
+        named = {f"file/{k}": v for k, v in value.items()} if isinstance(value, dict) else {"file": value}
+        try:
+            parts = {name: [float(x) for x in values] for name, values in named.items()}
+        except (TypeError, ValueError):
+            parts = {"file": []}  # neither a list of numbers nor a dict of such lists
         if not all(len(x) == len(texts) and all(map(math.isfinite, x)) for x in parts.values()):
             raise RewardFileError(f"{self.name}: reward() must return one finite number per response, "
-                                  f"{len(texts)} here, not {parts}")
+                                  f"{len(texts)} here, in a list or a dict of lists, not {value!r:.200}")
         return parts

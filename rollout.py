@@ -215,7 +215,8 @@ def default_memory(device: torch.device) -> float:
 def group_bytes(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int) -> tuple[int, int]:
     """Bytes of (one context, the rows of its group): keys, values, logits and three copies, all float32."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * 4
     return (context_len * token_bytes + 4 * config.vocab_size,
             group * (suffix_len * token_bytes + 16 * config.vocab_size))
 

@@ -1188,17 +1188,127 @@ def test_problem_fields_and_answers_from_solutions(tmp_path, capsys):
     assert load(str(as_json)) == problems[:1]  # same id in another file
 
 
+def question(text: str, *turns: tuple[str, str]) -> data.Problem:
+    return data.Problem("ab", text, "1", "", turns)
+
+
 def test_prompt_follows_the_chat_template_and_ends_where_the_response_begins():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    ids = data.encode_prompt(tokenizer, "What?")
+    ids = data.encode_prompt(tokenizer, question("What?"), data.PromptStyle())
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
         "<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n")
-    ids = data.encode_prompt(tokenizer, "What?", "Think.", "user")
+    ids = data.encode_prompt(tokenizer, question("What?"), data.PromptStyle("Think.", "user"))
     assert "user\nWhat?\n\nThink.<|im_end|>" in tokenizer.decode(ids)
     tokenizer.chat_template = None
-    ids = data.encode_prompt(tokenizer, "What?", "Think.")
+    ids = data.encode_prompt(tokenizer, question("What?"), data.PromptStyle("Think."))
     assert tokenizer.decode(ids) == "Think.\n\nProblem: What?\n\nSolution:"
+
+
+def test_chat_messages_of_a_data_set_are_turns(tmp_path):
+    """Their Python repr became the question (prompt as a list of role and content, as in TRL and verl)."""
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "6 times 6?"}]
+    source = write(tmp_path / "p.jsonl", {"prompt": own, "answer": "36"}, {"prompt": own[1:], "answer": "36"})
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    with_system, bare = load(source)
+    assert with_system.question == bare.question == "6 times 6?" and with_system.id != bare.id
+    texts = [tokenizer.decode(data.encode_prompt(tokenizer, p, data.PromptStyle("Think.")))
+             for p in (with_system, bare)]
+    tail = "<|im_start|>user\n6 times 6?<|im_end|>\n<|im_start|>assistant\n"
+    assert texts == [f"<|im_start|>system\n{system}<|im_end|>\n{tail}" for system in ("Be brief.", "Think.")]
+    for bad, word in (([*own, {"role": "assistant", "content": "36"}], "ends with"), (["6 times 6?"], "list"),
+                      ([{"role": "user", "content": ["parts"]}], "list")):
+        with pytest.raises(ValueError, match=word):
+            load(write(tmp_path / "bad.jsonl", {"prompt": bad, "answer": "36"}))
+
+
+def test_answers_stand_where_other_data_sets_keep_them(tmp_path, capsys):
+    source = write(tmp_path / "p.jsonl", {"prompt": "a", "reward_model": {"ground_truth": "36"}},
+                   {"problem": "b", "extra_info": {"answer": "7"}}, {"prompt": "c", "solution": "34"},
+                   {"question": "d", "final_answer": ["$3$, $-3$"], "solution": ["words"]},
+                   {"question": "e", "answer": [3, -3]}, {"problem": "f", "answer": {"value": 36}},
+                   {"problem": "half \ud800 a pair", "answer": "1"})
+    problems = {p.question: p for p in load(source)}
+    assert {q: p.answer for q, p in problems.items()} == {
+        "a": "36", "b": "7", "c": "34", "d": "$3$, $-3$", "e": "3, -3"}
+    assert problems["c"].solution == ""  # a bare answer is no worked solution
+    assert is_correct(boxed("-3, 3"), problems["e"].answer) and not is_correct(boxed("3"), problems["d"].answer)
+    said = capsys.readouterr().out
+    assert "dropped 1 of 7: no answer in answer, final_answer" in said and "broken characters" in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
+    path, text = tmp_path / "p.json", json.dumps([{"problem": "½ + ½?", "answer": "1"}], ensure_ascii=False)
+    path.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
+    assert [p.question for p in load(str(path))] == ["½ + ½?"]
+    path.write_text('{"problem": "a", "answer": "1"}\n{"problem": "b", "answer": "1"}\n')
+    with pytest.raises(ValueError, match="must be named .jsonl"):
+        load(str(path))
+
+
+REFUSES = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+           "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}")
+HARMONY = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}"
+           "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+
+
+def test_templates_of_other_models():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = REFUSES  # as Gemma's and Mistral's do
+    ids = data.encode_prompt(tokenizer, question("What?"), data.PromptStyle("Think."))
+    assert tokenizer.decode(ids) == "[user]Think.\n\nWhat?"
+    with pytest.raises(ValueError, match="refuses the turns user, user"):
+        data.encode_prompt(tokenizer, question("b", ("user", "a"), ("user", "b")), data.PromptStyle(""))
+    # a response that BEGINS with a special token: that one was taken for its end, every response had one token
+    tokenizer.chat_template, tokenizer.eos_token = HARMONY, "<|im_start|>"
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert data.eos_ids(tokenizer, None) == tuple(sorted((start, end)))
+    tokenizer.chat_template = "{{ 'on' if think else 'off' }}"
+    style = data.PromptStyle(arguments=data.template_arguments('{"think": true}'))
+    assert tokenizer.decode(data.encode_prompt(tokenizer, question("What?"), style)) == "on"
+    for text in ("{", "[1]", "true"):
+        with pytest.raises(ValueError, match="--template-args"):
+            data.template_arguments(text)
+
+
+def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
+    """Missing weights were random and a tokenizer without files encoded nothing: both with exit code 0."""
+    from safetensors.torch import load_file, save_file
+    for name in ("missing", "truncated", "bare"):
+        shutil.copytree(TINY, tmp_path / name)
+    path = tmp_path / "missing" / "model.safetensors"
+    weights = load_file(path)
+    save_file({k: v for k, v in weights.items() if ".layers.1." not in k}, path, {"format": "pt"})
+    path = tmp_path / "truncated" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / name).unlink()
+    for name, word in (("missing", "model.layers.1.input_layernorm.weight"), ("truncated", "cannot be loaded")):
+        with pytest.raises(ValueError, match=word):
+            policies.load_policy(tmp_path / name, VOCAB, torch.device("cpu"))
+    with pytest.raises(ValueError, match="tokenizer"):
+        data.load_tokenizer(tmp_path / "bare")
+
+
+def test_dropout_by_function_is_off_and_rope_that_depends_on_the_length_is_refused():
+    """Seed-OSS: a dropout of 0.1 acted in the update. Phi-3.5: factors followed the longest sequence of a pack."""
+    from transformers import Phi3Config, Phi3ForCausalLM, SeedOssConfig, SeedOssForCausalLM
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
+                 num_key_value_heads=2, initializer_range=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    dropping = Policy(SeedOssForCausalLM(SeedOssConfig(**sizes, head_dim=8)), VOCAB)
+    batch = pack([Tree([1, 2, 3], [[4, 5], [6, 7]])])
+    with torch.no_grad():
+        first, _ = dropping(batch)
+        dropping.train()
+        assert torch.equal(dropping(batch)[0], first)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4,
+            "original_max_position_embeddings": 32}
+    config = Phi3Config(**sizes, original_max_position_embeddings=32, max_position_embeddings=256,
+                        rope_parameters=rope)
+    with pytest.raises(ValueError, match="rotary"):
+        Policy(Phi3ForCausalLM(config), VOCAB)
 
 
 def test_every_end_token_ends_a_response():
@@ -1591,6 +1701,15 @@ def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path):
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [1, 2]
 
 
+def test_a_run_made_longer_ends_with_the_bits_of_a_long_one(finished, tmp_path):
+    """First paths were drawn ahead by the number of steps, so that --resume with more --steps gave other weights."""
+    out = tmp_path / "run"
+    assert train.main([*QUICK, "--steps", "2", "--out", str(out)]) == 0
+    assert train.main(["--resume", str(out), "--steps", "3"]) == 0
+    assert outcome(out) == outcome(finished)
+    assert train.main(["--resume", str(out), "--eval-every", "0"]) == 0  # was refused: no held-out problems then
+
+
 def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
@@ -1958,7 +2077,9 @@ def test_every_sample_of_an_evaluation_has_its_own_seed():
     ([], "--model"), (["--model", "x", "--data", "y", "--samples", "0"], "--samples"),
     (["--model", "x", "--data", "y", "--top-p", "0"], "--top-p"),
     (["--model", "x", "--data", "y", "--samples", "4"], "greedy"), (["--compare", "a", "b"], "--compare a"),
-    (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500")])
+    (["--model", str(TINY), "--data", "math500", "--data-dir", "nowhere"], "math500"),
+    (["--model", str(TINY), "--data", str(TINY / "test.jsonl"), "--max-response", "2000"], "--max-response"),
+    (["--model", str(TINY), "--data", str(TINY / "test.jsonl"), "--template-args", "{"], "--template-args")])
 def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in error_of(evaluation.main, capsys, *arguments)

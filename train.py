@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, logging
 
 import answers
 import cache
@@ -74,6 +74,7 @@ class Config:
     eval_problems: int = option(128, "held-out problems, 0: all; 128 tell 9 points apart in little time")
     instruction: str = option(INSTRUCTION, "what the prompt asks for besides the question; Qwen's wording")
     instruction_role: str = option("system", "chat turn that holds it, as for Qwen", ("system", "user"))
+    template_args: str = option("", "JSON for the chat template, such as {\"enable_thinking\": false}")
     max_prompt: int = option(1024, "tokens; longer prompts, rare in competitions, are dropped", 1)
     max_response: int = option(3072, "tokens; with --max-prompt the 4096 that Qwen2.5-Math can hold", 1)
     # the method
@@ -187,8 +188,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
-                    left = min((c.steps - step + 1) * c.problems_per_step, len(task.problems))
-                    ahead = problems_of(task.problems, c.seed, range(state.visits, state.visits + left))
+                    epoch = range(state.visits, state.visits + len(task.problems))
+                    ahead = problems_of(task.problems, c.seed, epoch)
                     chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
                     first, count = first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
                                                memory)
@@ -434,7 +435,8 @@ def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer:
         task.tokenizer.save_pretrained(new / "policy")
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
         cache.save(state.paths, new / "cache.jsonl", cache.fingerprint(task.tokenizer.get_vocab()))
-        record = {"problems": cache.fingerprint(sorted(task.prompts))} | vars(replace(state, paths={}))
+        problems = cache.fingerprint(sorted(p.id for p in task.problems))
+        record = {"problems": problems} | vars(replace(state, paths={}))
         (new / "state.json").write_text(json.dumps(record))
         os.sync()  # so that the name never outlives the contents
         shutil.rmtree(final, ignore_errors=True)
@@ -454,9 +456,8 @@ def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer:
 def load_state(checkpoint: Path, task: Task) -> State:
     """State and cache; weights and optimiser are loaded where they are made. Raises ValueError."""
     record, tokenizer = json.loads((checkpoint / "state.json").read_text()), task.tokenizer
-    if record.pop("problems") != cache.fingerprint(sorted(task.prompts)):
-        raise ValueError(f"--resume {checkpoint.parent}: the problems of --data or --eval-data are not those "
-                         "of the run")
+    if record.pop("problems") != cache.fingerprint(sorted(p.id for p in task.problems)):
+        raise ValueError(f"--resume {checkpoint.parent}: the problems of --data are not those of the run")
     paths = cache.load(checkpoint / "cache.jsonl", cache.fingerprint(tokenizer.get_vocab()),
                        {p.id for p in task.problems}, len(tokenizer), tqdm.write)
     return State(**record | {"paths": paths})
@@ -599,9 +600,9 @@ def split_problems(c: Config, folder: Path) -> tuple[list[Problem], list[Problem
 
 def make_task(c: Config, problems: list[Problem], held_out: list[Problem], folder: Path) -> Task:
     """The problems with their prompts. Raises ValueError if none is left."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    prompts = data.encode_prompts(problems + held_out, tokenizer, c.instruction, c.instruction_role,
-                                  c.max_prompt)
+    tokenizer = data.load_tokenizer(folder)
+    style = data.PromptStyle(c.instruction, c.instruction_role, data.template_arguments(c.template_args))
+    prompts = data.encode_prompts(problems + held_out, tokenizer, style, c.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
     if not problems or c.eval_every and not held_out:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "

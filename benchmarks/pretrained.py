@@ -72,7 +72,7 @@ def cold_start(model: Path, folder: Path) -> Path:
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     for step, first in enumerate(range(0, EXAMPLES, EXAMPLES_PER_STEP), 1):
         optimizer.param_groups[0]["lr"] = COLD_LR * min(1, step / 5)
-        batch = pack([Tree(data.encode_prompt(tokenizer, p.question, "", "user"), [paths[p.id]])
+        batch = pack([Tree(data.encode_prompt(tokenizer, p, data.PromptStyle("", "user")), [paths[p.id]])
                       for p in problems[first:first + EXAMPLES_PER_STEP]])
         logprobs, _ = policy(batch)
         loss = -logprobs.sum() / batch.mask.sum()

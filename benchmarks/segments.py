@@ -175,8 +175,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     problems = data.load_problems(source, "--data")[:args.limit or None]
     folder = data.find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = {p.id: data.encode_prompt(tokenizer, p.question, args.instruction, args.instruction_role)
-               for p in problems}
+    style = data.PromptStyle(args.instruction, args.instruction_role)
+    prompts = {p.id: data.encode_prompt(tokenizer, p, style) for p in problems}
     args.out.mkdir(parents=True, exist_ok=True)
     protocol = vars(args) | {"out": None, "problems": [p.id for p in problems]}
     records = eval.resumed(args.out / "responses.jsonl", cache.fingerprint(protocol))
