@@ -26,9 +26,8 @@ ORGANISATIONS = {"Qwen": "Qwen", "DeepSeek": "deepseek-ai", "SmolLM": "HuggingFa
 QUESTION_KEYS = ("problem", "question", "prompt")
 ANSWER_KEYS = ("answer", "final_answer", "ground_truth", "reward_model.ground_truth", "extra_info.answer")
 _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|.{100}", re.S)  # a solution without it may be a bare answer
-# everything a policy needs, safetensors only: pickled weights can run code; weights that are not loaded
+# everything a policy needs, safetensors only: pickled weights can run code
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-OTHER_FILES = ["*/*", "consolidated*"]
 
 
 @dataclass(frozen=True)
@@ -146,10 +145,10 @@ def _problem(record: object, where: str) -> Problem | None:
 def _turns(messages: list, where: str) -> tuple[tuple[str, str], ...]:
     """Chat messages {"role": ..., "content": ...} as (role, content) pairs. Raises ValueError."""
     turns = tuple((m.get("role"), m.get("content")) for m in messages if isinstance(m, dict))
-    if not turns or len(turns) < len(messages) or not all(isinstance(x, str) for turn in turns for x in turn):
-        raise ValueError(f"{where} is a list, but not of chat messages with text as role and content")
-    if turns[-1][0] == "assistant":
-        raise ValueError(f"{where} ends with a turn of the assistant; it must end where the response begins")
+    texts = all(isinstance(x, str) for turn in turns for x in turn)
+    if not texts or not turns or len(turns) < len(messages) or turns[-1][0] == "assistant":
+        raise ValueError(f"{where} is a list, but not of chat messages with text as role and content that "
+                         "end before the response of the assistant")
     return turns
 
 
@@ -194,7 +193,7 @@ def find_model(name: str) -> Path:
                              f"{', '.join(ORGANISATIONS)}); give a folder or a hub id owner/name")
         try:
             folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES,
-                                            ignore_patterns=OTHER_FILES))
+                                            ignore_patterns=["*/*", "consolidated*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"--model {name}: no such folder, and downloading {repo} from the hub failed "
                              f"({_reason(error)})") from error

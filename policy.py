@@ -324,16 +324,14 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
                 dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
     """The causal language model in `folder` (safetensors only), computing in `dtype`.
     weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
-    are verified in float32, whose rounding hides no difference. Raises ValueError if it cannot be loaded or
-    weights are missing, and as Policy does."""
+    are verified in float32, which hides nothing. Raises ValueError if some are missing, and as Policy does."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
     except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(f"--model: {folder} cannot be loaded ({type(error).__name__}: {error})") from error
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:4])}"
-                         + f" and {len(missing) - 4} more" * (len(missing) > 4))
+        raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:9])}")
     return Policy(model.to(device), vocab_size, dtype).to(weights)
 
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -1216,9 +1217,9 @@ def test_chat_messages_of_a_data_set_are_turns(tmp_path):
              for p in (with_system, bare)]
     tail = "<|im_start|>user\n6 times 6?<|im_end|>\n<|im_start|>assistant\n"
     assert texts == [f"<|im_start|>system\n{system}<|im_end|>\n{tail}" for system in ("Be brief.", "Think.")]
-    for bad, word in (([*own, {"role": "assistant", "content": "36"}], "ends with"), (["6 times 6?"], "list"),
-                      ([{"role": "user", "content": ["parts"]}], "list")):
-        with pytest.raises(ValueError, match=word):
+    for bad in ([*own, {"role": "assistant", "content": "36"}], ["6 times 6?"],
+                [{"role": "user", "content": ["parts"]}]):
+        with pytest.raises(ValueError, match="chat messages"):
             load(write(tmp_path / "bad.jsonl", {"prompt": bad, "answer": "36"}))
 
 
@@ -1232,9 +1233,36 @@ def test_answers_stand_where_other_data_sets_keep_them(tmp_path, capsys):
     assert {q: p.answer for q, p in problems.items()} == {
         "a": "36", "b": "7", "c": "34", "d": "$3$, $-3$", "e": "3, -3"}
     assert problems["c"].solution == ""  # a bare answer is no worked solution
-    assert is_correct(boxed("-3, 3"), problems["e"].answer) and not is_correct(boxed("3"), problems["d"].answer)
+    assert is_correct(boxed("-3, 3"), problems["e"].answer)
+    assert not is_correct(boxed("3"), problems["d"].answer)
     said = capsys.readouterr().out
     assert "dropped 1 of 7: no answer in answer, final_answer" in said and "broken characters" in said
+
+
+@needs_shared
+@pytest.mark.slow
+def test_shards_are_joined_and_weights_that_are_not_loaded_are_not_downloaded(tmp_path):
+    hub, lines = tmp_path / "hub", (TINY / "train.jsonl").read_text().splitlines(True)
+    for name, part in (("train-00000-of-00002", lines[:5]), ("train-00001-of-00002", lines[5:9]),
+                       ("test", lines[:2])):
+        path = hub / "datasets" / "o" / "shards" / "data" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(part))
+    shutil.copytree(TINY, hub / "Qwen" / "Qwen2.5-Tiny")
+    for name in ("consolidated.safetensors", "original/x.safetensors"):
+        (hub / "Qwen" / "Qwen2.5-Tiny" / name).parent.mkdir(exist_ok=True)
+        (hub / "Qwen" / "Qwen2.5-Tiny" / name).write_bytes(b"not loaded")
+    command = [sys.executable, SHARED / "hub_server.py", hub]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        endpoint = re.search(r"http://[\w.:]+", server.stdout.readline())[0]
+        code = ("import data; print(len(data.load_problems('o/shards', '--data')), "
+                "sorted(p.name for p in data.find_model('Qwen2.5-Tiny').rglob('*.safetensors')))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=TINY.parent, capture_output=True, text=True,
+                              env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")})
+    finally:
+        server.kill()
+    assert done.stdout.strip().endswith("9 ['model.safetensors']"), done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
@@ -1248,9 +1276,11 @@ def test_files_with_a_byte_order_mark_are_read(encoding, tmp_path):
 
 
 REFUSES = ("{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-           "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}")
-HARMONY = ("{% for m in messages %}<|im_start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}"
-           "{{ m['content'] }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+           "{{ raise_exception('roles must alternate') }}{% endif %}[{{ m['role'] }}]{{ m['content'] }}"
+           "{% endfor %}")
+HARMONY = ("{% for m in messages %}<|im_start|>{{ m['role'] }}"
+           "{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}{{ m['content'] }}<|im_end|>{% endfor %}"
+           "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
 
 
 def test_templates_of_other_models():
@@ -1260,7 +1290,7 @@ def test_templates_of_other_models():
     assert tokenizer.decode(ids) == "[user]Think.\n\nWhat?"
     with pytest.raises(ValueError, match="refuses the turns user, user"):
         data.encode_prompt(tokenizer, question("b", ("user", "a"), ("user", "b")), data.PromptStyle(""))
-    # a response that BEGINS with a special token: that one was taken for its end, every response had one token
+    # a response that BEGINS with a special token: it was taken for the end, every response had one token
     tokenizer.chat_template, tokenizer.eos_token = HARMONY, "<|im_start|>"
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert data.eos_ids(tokenizer, None) == tuple(sorted((start, end)))
@@ -1284,7 +1314,7 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).unlink()
-    for name, word in (("missing", "model.layers.1.input_layernorm.weight"), ("truncated", "cannot be loaded")):
+    for name, word in (("missing", "model.layers.1.input_layernorm"), ("truncated", "cannot be loaded")):
         with pytest.raises(ValueError, match=word):
             policies.load_policy(tmp_path / name, VOCAB, torch.device("cpu"))
     with pytest.raises(ValueError, match="tokenizer"):
@@ -1292,10 +1322,11 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
 
 
 def test_dropout_by_function_is_off_and_rope_that_depends_on_the_length_is_refused():
-    """Seed-OSS: a dropout of 0.1 acted in the update. Phi-3.5: factors followed the longest sequence of a pack."""
+    """Seed-OSS: a dropout of 0.1 acted in the update. Phi-3.5: factors followed the longest path of a pack."""
     from transformers import Phi3Config, Phi3ForCausalLM, SeedOssConfig, SeedOssForCausalLM
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB,
-                 num_key_value_heads=2, initializer_range=0.25, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, initializer_range=0.25, vocab_size=VOCAB, pad_token_id=None,
+                 bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     dropping = Policy(SeedOssForCausalLM(SeedOssConfig(**sizes, head_dim=8)), VOCAB)
     batch = pack([Tree([1, 2, 3], [[4, 5], [6, 7]])])
@@ -1702,12 +1733,12 @@ def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path):
 
 
 def test_a_run_made_longer_ends_with_the_bits_of_a_long_one(finished, tmp_path):
-    """First paths were drawn ahead by the number of steps, so that --resume with more --steps gave other weights."""
+    """First paths were drawn ahead by the number of steps: --resume with more --steps gave other weights."""
     out = tmp_path / "run"
     assert train.main([*QUICK, "--steps", "2", "--out", str(out)]) == 0
     assert train.main(["--resume", str(out), "--steps", "3"]) == 0
     assert outcome(out) == outcome(finished)
-    assert train.main(["--resume", str(out), "--eval-every", "0"]) == 0  # was refused: no held-out problems then
+    assert train.main(["--resume", str(out), "--eval-every", "0"]) == 0  # was refused
 
 
 def test_options_of_a_run_that_goes_on(finished, tmp_path, capsys):
@@ -1946,7 +1977,8 @@ def test_no_import_runs_up_a_floor_and_none_makes_a_circle():
     uses = {}
     for name in floor:
         tree = ast.parse(Path(train.__file__).with_name(f"{name}.py").read_text())
-        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                    for alias in node.names}
         imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         uses[name] = imported & set(floor)
         assert all(floor[used] <= floor[name] for used in uses[name]), name
