@@ -324,7 +324,7 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
                 dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
     """The causal language model in `folder` (safetensors only), computing in `dtype`.
     weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
-    are verified in float32, which hides nothing. Raises ValueError if some are missing, and as Policy does."""
+    are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)

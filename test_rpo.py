@@ -1321,8 +1321,24 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
         data.load_tokenizer(tmp_path / "bare")
 
 
+def test_older_architectures_share_prefixes_too():
+    from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+    sizes = dict(vocab_size=VOCAB, initializer_range=0.25, bos_token_id=None, eos_token_id=None)
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **sizes)
+    neox = GPTNeoXConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                         **sizes)
+    for kind, config in ((GPT2LMHeadModel, gpt2), (GPTNeoXForCausalLM, neox)):
+        torch.manual_seed(0)
+        model, contexts = kind(config).eval(), token_lists(1, [5, 9])
+        want = [greedy_by_generate(model, context, 12, ()) for context in contexts]
+        requests = [rollout.Request(context, 12, [(0,), (1,)]) for context in contexts]
+        how = rollout.Sampling((), VOCAB, temperature=0)
+        got = rollout.generate(Policy(model, VOCAB), requests, how, 1.0)
+        assert [[suffix.ids for suffix in row] for row in got] == [[ids] * 2 for ids in want]
+
+
 def test_dropout_by_function_is_off_and_rope_that_depends_on_the_length_is_refused():
-    """Seed-OSS: a dropout of 0.1 acted in the update. Phi-3.5: factors followed the longest path of a pack."""
+    """Seed-OSS: a dropout of 0.1 acted in the update. Phi-3.5: factors followed the longest path."""
     from transformers import Phi3Config, Phi3ForCausalLM, SeedOssConfig, SeedOssForCausalLM
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, initializer_range=0.25, vocab_size=VOCAB, pad_token_id=None,
