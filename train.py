@@ -639,8 +639,8 @@ def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.
                "weight_decay": c.weight_decay if matrices else 0.0} for matrices in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=c.lr)
     if checkpoint:
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location=policy.device,
-                                             weights_only=True))
+        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(states)  # which moves them to their parameters, one by one
     return optimizer
 
 
