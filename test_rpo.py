@@ -1793,7 +1793,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
 
     places = [(PreTrainedModel, "save_pretrained", full), (PreTrainedTokenizerBase, "save_pretrained", full),
               (Path, "write_text", full), (torch, "save", full_for_torch), (cache, "save", full),
-              (os, "replace", full)]
+              (os, "fsync", full), (os, "replace", full)]
     for owner, name, failure in places:
         with monkeypatch.context() as patch:  # there is no value that makes a disk full
             patch.setattr(owner, name, failure)

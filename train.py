@@ -98,8 +98,7 @@ class Config:
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
     length_reward: float | None = option(None, "alpha of the length-aware reward, 0: off; unset: 0.01 with "
                                                "rpo, 0 with full, the paper's best rows")
-    reward_file: str = option("", "Python file with reward(problem, texts, lengths, correct) -> a number per "
-                                  "response, added to the reward")
+    reward_file: str = option("", "file whose reward(problem, texts, lengths, correct) is added, see docs/")
     # the objective; unset: as the row of --algo says
     dynamic_rounds: int | None = option(None, "most rounds of sampling that replace groups all right or all "
                                               "wrong, 1: none; unset: dapo 10, else 1", 1)
@@ -363,8 +362,7 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
     ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
     ("group/zero_std_fraction", lambda x: x > 0.98, "almost no group has both right and wrong responses"),
-    ("group/missing", lambda x: x > 0, "dynamic sampling found too few groups with right and wrong responses "
-                                       "(--dynamic-rounds); such steps train on fewer")]
+    ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -438,7 +436,9 @@ def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer:
         problems = cache.fingerprint(sorted(p.id for p in task.problems))
         record = {"problems": problems} | vars(replace(state, paths={}))
         (new / "state.json").write_text(json.dumps(record))
-        os.sync()  # so that the name never outlives the contents
+        for handle in [os.open(path, os.O_RDONLY) for path in (*new.rglob("*"), new)]:
+            os.fsync(handle)  # so that the name never outlives the contents
+            os.close(handle)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(new, final)
         for name in ("policy", "cache.jsonl"):
