@@ -1609,7 +1609,7 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
 def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
     (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1", "--max-response", "200",
                           "--cache-init-chunk", "2")
-    assert metrics["cache/entries"] == 3  # two, and what was still missing of the step
+    assert metrics["cache/entries"] == 4  # two chunks of two
 
 
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
