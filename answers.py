@@ -38,10 +38,13 @@ class _Unproven(Exception):
 
 # --- extract ------------------------------------------------------------------------------------------------
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.S)
-_MARK = re.compile(r"####|(?i:\banswers?\b[\s*]{0,4}(?:is\b|are\b|:|=))|(?:^|(?<=\n))[ *]{0,4}A:")
+_MARK = re.compile(r"####|(?i:\banswers?\b[\s*]{0,4}(?:(?:is|are)\b(?! not\b)|:|=))|(?:^|(?<=\n))[ *]{0,4}A:")
 _FORMULA = r"(?<!\\)\$\$?((?:\\\$|[^$]){1,400}?)(?<!\\)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]"
 _LOOSE = re.compile(_FORMULA + r"|(?<![\w.,])(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?(?:\\?%|percent)?)", re.S)
 _PROSE = re.compile(r"[^\d\\$]*[A-Za-z]{3}|.*\S\n.*\S", re.S)
+_AFTERTHOUGHT = re.compile(  # 72, which is the total; but not: 72, or maybe 73
+    r"(.*?)(?:(?<=[\w$)}\]%°!])(?:[,;] *| +(?=(?:which|because|since|so|not)\b))(?=an? |[a-z]{2})"
+    r"(?!(?:and|sin|cos|ln|log)\b|.*\b(?:or|maybe|perhaps|possibly|but|though|wait|actually)\b).*)?", re.S)
 _MARKUP = re.compile(r"\\(?:q?quad|text|mbox|[()\[\],;: ])|[${}*\s\"]")
 _JOINT = re.compile(r" *(?:[,;]|[^.?!:;]{0,30}\b(?:and|or)\b)? *(?:\w{1,8} *=)? *")
 
@@ -53,8 +56,8 @@ def extract_answer(response: str, loose: bool = False) -> str | None:
     head, _, tail = response.rpartition("</think>")
     for find in (_boxed, _stated, _unmarked)[:3 if loose else 2]:
         for text in (tail, head):
-            if answer := find(text):
-                return answer.strip()
+            if (answer := find(text)) or answer == "" and text is tail:
+                return answer.strip() or None
     return None
 
 
@@ -77,7 +80,9 @@ def _boxed(text: str) -> str | None:
             while boxes and boxes[-1][0] > box.start():  # a box inside this one
                 boxes.pop()
             boxes.append((box.start(), m.end(), text[box.end():min(m.start(), box.end() + 2 * MAX_CHARS)]))
-    return _runs(text, boxes)[-1] if boxes else None
+    if any(m[1] and m.start() > max(boxes, default=(-1,))[0] for m in open_braces):
+        return ""  # the last box was cut off: there is no answer
+    return _runs(text, boxes)[-1] or None if boxes else None
 
 
 def _stated(text: str) -> str | None:
@@ -86,7 +91,9 @@ def _stated(text: str) -> str | None:
     formula = re.match(rf"[^\w$\\]*(?:{_FORMULA})", line, re.S)  # may be displayed on several lines
     sentence = line[:formula.end()] if formula else ""
     sentence += re.split(r"\.(?:\s|$)|\n", line[len(sentence):])[0]
-    return (_unmarked(sentence) or sentence).strip(" $")
+    value = _AFTERTHOUGHT.fullmatch(sentence)[1]
+    sentence = value if re.search(r"[\d$\\]|\b[A-Z]\b", value) else sentence  # not: obviously, as said, 72
+    return (_unmarked(sentence) or sentence).strip(" $") or None
 
 
 def _unmarked(text: str) -> str | None:
@@ -103,14 +110,14 @@ _UNICODE = str.maketrans({
     "√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "≠": "!=", "×": "*",
     "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "∪": r"\cup ", "±": r"\pm ", "∈": r"\in ",
     "θ": r"\theta ", "≈": r"\approx ", "²": "^2", "³": "^3", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
-    "€": "", "£": "", "\u200b": "", "\ufeff": "", "∘": "°", "’": "'"})
+    "ℝ": r"\mathbb{R}", "€": "", "£": "", "\u200b": "", "\ufeff": "", "∘": "°", "’": "'"})
 _FUNCTIONS = {f: f for f in "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln exp".split()}
 _FUNCTIONS |= {"log": "ln", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
 _SAME_AS = {spelling: token for token, spellings in {
     "<=": r"\le \leq \leqslant", ">=": r"\ge \geq \geqslant", "<": r"\lt", ">": r"\gt", "!=": r"\ne \neq",
     "~": r"\approx \simeq", "=": "==", "*": r"\cdot \times \ast", "/": r"\div", "^": "**", ":": r"\colon",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\emptyset": r"\varnothing",
-    ",": "&", ";": r"\\"}.items() for spelling in spellings.split()}
+    r"\setminus": r"\backslash", ",": "&", ";": r"\\"}.items() for spelling in spellings.split()}
 _UNITS = set("cm mm km kg ft mi lb lbs oz hr hrs mins sec secs mph feet foot usd".split())
 _UNIT_OF = {spelling: unit for unit, spellings in {
     "mm": "millimeter", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kph",
@@ -122,33 +129,44 @@ _LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
     "chi psi upsilon varphi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell mho pi".split())
 _WORDS = {"sqrt", "infty", "abs"} | _LETTERS | set(_FUNCTIONS)
+_OPTION = re.compile(r"\(?([A-J])[).:]+(?!.*((?<!\\)\b[A-HJ]\b|\b(is|are|or|not|maybe)\b)).*")  # one letter
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|it|sf)|operatorname)\s*\{([^{}]*)\}")
 _ANY_WORD, _ANY_UNIT = ("|".join(sorted(words, key=len, reverse=True)) for words in (_WORDS, _UNITS))
 _WRITTEN = _TEXT.pattern.replace("([^{}]*)", "[^{}]*")
-_COMMANDS = "boxed|[dtc]?frac|left|right|text|sqrt|begin|end|cdot|times|pi|infty|circ|leq?|geq?|cup|quad|pm"
 _MATRIX = r"\{(?:[pbB]?matrix|array|smallmatrix)\}"
+_SAYS = (r"(?:(?:so|thus|hence|therefore|the|my|our|final|correct|required|total),? )*"
+         r"(?:answer|result|solution|total|value|sum|number|it)(?: of [a-z ]{1,40})?(?: is| are|:| =):?")
 _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
-    (rf"(?<!\\)\\\\(?=(?:{_COMMANDS})(?![A-Za-z]))", r"\\"),  # backslashes that were escaped once too often
+    (r"(?<!\\)\\\\(?=[a-z]{3}|(?:pi|pm|[lgn]e)(?![a-z]))", r"\\"),  # escaped once too often
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])|\\(?:displaystyle|limits)\b", ""),
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""), (r"\\%|\bpercent(?:age)?\b|\bpct\b", "%"),
-    (r"\\text *\{ *([ap])\.? ?m\.? *\}|\b([ap])\. ?m\b\.?", r" \1\2m"),
-    (r",\\!\s*|\s*\{,\s*\}(?=\d{3})|\\!", ""),
+    (r",\\!\s*|\s*\{,\s*\}(?=\d{3})|\\!", ""), (r"(\\\\) *\[-?[\d.]+ *[a-z]{2}\]", r"\1"),  # \\[2pt]
     (r"\\q?quad|(?<!\\)\\[,;:> ]|~|\\(?:angle|triangle|phantom)\b|\s+", " "),
-    (r"(?i) *,? *(?:\\text *\{,? *(?:and|or),? *\}|\b(?:and|or)\b)", ", "), (r"\\text *\{ *to *\}", ":"),
-    (r"\\sqrt *\[([^\[\]]*)\]", r"\\root{\1}"), (r"\\mathbb *\{R\}", r"(-\\infty,\\infty)"),
+    (r"(?i) *,? *(?:\\text *\{,? *(?:and|or),? *\}|\b(?:and|or)\b)", ", "),
+    (r"(?<=[\d)} ])(?:is )?to\b(?= *[\d\\({])|\\text *\{ *(?:is )?to *\}", ":"),
+    (r"(?<![\^_}])(?<![A-Za-z]{2})(?:\\math[a-z]+ *)?\{ *([:=<>,;]) *\}", r"\1"),
+    (r"\\sqrt *\[([^\[\]]*)\]", r"\\root{\1}"), (r"\\mathbb *(?:\{R\}|R\b)|\\R\b", r"(-\\infty,\\infty)"),
     (r"\\lg\b", r"\\log_{10}"), (r"\\(sin|cos|tan) *\^ *\{? *-1 *\}?", r"\\arc\1 "),
     (r"(?<![\d.,] )(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?/)", lambda m: m[0].replace(" ", "")),
     (r"(?<=\d),(?<!\d{4},)(?=\d{3}(?!\d))(?![^(\[]*[)\]]|[^{]*\\\})", ""),  # but (100,101) are two
     (r"\\[lr]?vert\b|\\mid\b", "|"), (r"\|([^|]+)\|", r"\\abs{\1}"),
     (r"\\l(floor|ceil)\b", r"\\\1{"), (r"\\r(floor|ceil)\b", "}"), (r"\\\{ *\\\}", r"\\emptyset "),
+    (r"\\\{ *\\pm *((?:[^{},]|\{[^{}]*\})+?) *\\\}", r"\\{\1,-\1\\}"),
+    (r"\\\{ *[A-Za-z](?: *\\in *\(-\\infty,\\infty\))? *[|:] *((?:(?!\\\}).)+)\\\}", r"\\{\1\\}"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", "°"), (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime\b)", "'"),
-    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"(?i)^.{0,30}\banswer is:?\s|^ ?(?:\\approx|=)\s", ""),
-    (_TEXT.pattern.replace("[^{}]*", r"\s*[ei]\s*|[^A-Za-z{}]*"), r" \1 "),  # \mathrm{e}, \text{5}
+    (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"^ ?(?:\\approx|=)\s", ""),
+    (rf"(?i)^ *(\\[a-z]+ *\{{)? *{_SAYS} *(?(1)(\}}|)|)", lambda m: m[1] if m[1] and not m[2] else ""),
+    (_TEXT.pattern.replace("[^{}]*", r"\s*[ei]\s*|[^A-Za-z{}]*(?:(?i:[ap]\.? ?m)\.? *)?"), r" \1 "),
+    (r"(?i)(?<![\w.])(\d{1,2})(:\d\d)? *([ap])\.? ?m\b\.?(?! *[\^/*+=-])",  # a time is a name
+     lambda m: f"t_{{{int(m[1])}{m[2] or ':00'}{m[3].lower()}m}}"),
+    (r"(?:^|(?<=[=,;])) *([A-Z])([A-Z])(?=[ .]*(?:$|[,;]))", r" \1_{\2}"),  # letters in an order, no product
+    (r"(?:^|(?<=[=,;])) *([A-Z]{3,})(?=[ .]*(?:$|[,;]))", r" \\text{\1}"),
     (r"(?<![\d})°])(?<![\d})°] )" + _TEXT.pattern.replace("[^{}]", r"(?![A-Za-z]{2})[^{}]"), r" \1 "),
     (rf"({_WRITTEN}|(?<![A-Za-z\\])(?:{_ANY_UNIT})(?![a-z]))"  # \text{cm}^2, km/h: the first counts
      rf"(?: *\^ *\{{?-?\d\}}?| */ *(?:{_WRITTEN}|[a-z]+))+", r"\1"),
     (rf"\\begin{_MATRIX}(?:\{{[lcr|]*\}})?", r"\\matrix "), (rf"(?:\\\\ *)?\\end{_MATRIX}", r"\\endmatrix "),
     (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\(frac|binom|sqrt|root\{[^{}]*\}) *(\d)", r"\\\1{\2}"),
+    (r"\\frac(\{[^{}]*\}) *(\d)", r"\\frac\1{\2}"), (r"^[ \"'`“*]+(.*?)[\"'`”*]+[ .]*$", r"\1"),
     (r"(\d*)\.(\d*)\\(?:overline|bar) *\{(\d{1,99})\}",  # 0.1 and a repeating 6 is 0.1 + 6/90
      lambda m: f"({m[1]}.{m[2]}0+{m[3]}/{'9' * len(m[3])}{'0' * len(m[2])})"),
     (r"(?<![\d.^_{])(\d{1,99}) (\d{1,99})/(\d{1,99})", r"\1\\frac{\2}{\3}"),  # 1 4/5
@@ -170,7 +188,7 @@ def _clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
-    return text.strip().rstrip(" .,;:")
+    return text.strip().rstrip(" .,;:\\")
 
 
 # --- parse --------------------------------------------------------------------------------------------------
@@ -199,7 +217,7 @@ def _div(a: Node, b: Node) -> Node:
     return _mul(a, ("pow", b, _num(-1)))
 
 
-_neg = functools.partial(_mul, _num(-1))
+_neg, _minus = functools.partial(_mul, _num(-1)), functools.partial(_chain, "minus")
 
 
 def _items(node: Node, *kinds: str) -> tuple[Node, ...]:
@@ -214,13 +232,14 @@ def _walk(node: Node) -> list[Node]:
 
 ROWS, ITEMS, RELATION, UNION, RATIO, UNIT, SUM, PRODUCT, POWER, SUFFIX, ARGUMENT = range(11)  # binding
 _INFINITY, _MINUS_INFINITY = ("const", "oo"), _neg(("const", "oo"))
-_DEGREE = _div(("const", "pi"), _num(180))
+_REALS, _DEGREE = ("seq", "()", (_MINUS_INFINITY, _INFINITY)), _div(("const", "pi"), _num(180))
 _OPERATORS = {
     ";": (ROWS, functools.partial(_chain, "rows")),  # p=5,q=2;p=7,q=2 are two rows of two items
     ",": (ITEMS, functools.partial(_chain, "list")),
-    "\\cup": (UNION, functools.partial(_chain, "union")), ":": (RATIO, functools.partial(_chain, "ratio")),
-    "+": (SUM, _add), "-": (SUM, lambda a, b: _add(a, _neg(b))), "*": (PRODUCT, _mul), "/": (PRODUCT, _div),
-    "^": (POWER, lambda a, b: ("pow", a, b))}
+    ":": (RATIO, functools.partial(_chain, "ratio")), "\\setminus": (UNION, _minus), "+": (SUM, _add),
+    "\\cup": (UNION, lambda a, b: ("set", a[1] + b[1]) if a[0] == b[0] == "set" else _chain("union", a, b)),
+    "-": (SUM, lambda a, b: _minus(a, b) if b[0] == "set" else _add(a, _neg(b))),
+    "*": (PRODUCT, _mul), "/": (PRODUCT, _div), "^": (POWER, lambda a, b: ("pow", a, b))}
 _SUFFIXES = {"!": lambda a: ("fn", "fact", (a,)), "°": lambda a: ("deg", a), "%": lambda a: ("pct", a)}
 _BRACKETS = {"{": ["}"], "\\{": ["\\}"], "(": [")", "]"], "[": [")", "]"]}
 _NO_UNIT = re.compile(r"[^\w ./,()'{}-]|\d|\b(?i:not?|or)\b")  # 7 \text{ or maybe 8}
@@ -332,7 +351,7 @@ class _Parser:
         opening = self.need(*_BRACKETS)
         node = self.expr()
         pair = opening + self.need(*_BRACKETS[opening])
-        if pair == "\\{\\}" or pair == "{}" and node[0] in ("list", "rows"):
+        if pair == "\\{\\}" and node[0] != "rel" or pair == "{}" and node[0] in ("list", "rows"):
             return ("set", _items(node, "list", "rows"))
         if node[0] in ("list", "rows"):
             return ("seq", pair, node[1])
@@ -496,6 +515,12 @@ def _value(node: Node) -> tuple[Node | None, Node]:
         return None, ("seq", str(len(node[1])) if len(node[1][0]) > 1 else "()", sum(node[1], ()))
     if node[0] == "rows":
         return None, ("list", node[1])
+    items = _items(node, "list", "set")
+    names = {n[2][0] for n in items if n[:2] == ("rel", ("!=",))}
+    if len(names) == 1 and _is_name(*names):  # x > 0, x != 1, 2
+        kept = [n for n in items if n[0] in ("rel", "seq", "union", "minus") and n[1] != ("!=",)] or [_REALS]
+        gone = [n[2][1] if n[0] == "rel" else n for n in items if n not in kept]
+        return None, ("minus", (kept[0], ("set", tuple(gone)))) if len(kept) == 1 else node
     if node[0] != "rel":
         return None, node
     _, ops, sides = node
@@ -523,7 +548,7 @@ class _Comparer:
     """Are two trees the same answer? prove=False: raises _Unproven where inexact numbers are needed."""
 
     def __init__(self, prove: bool) -> None:
-        self.prove = prove
+        self.prove, self.ends = prove, {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
 
     def same(self, g: Node, p: Node) -> bool:
         if g == p:
@@ -531,17 +556,18 @@ class _Comparer:
         (g_name, g_value), (p_name, p_value) = _value(g), _value(p)
         if (g_value, p_value) != (g, p):
             names = {name[0] for name in (g_name, p_name) if name}
-            if names != {"sym", "mul"} and self.same(g_value, p_value):  # k=1 is a number, f(x)=1 is not
-                return True
-            return g[0] == p[0] == "rel" and self.relation(g, p)
+            return names != {"sym", "mul"} and self.same(g_value, p_value) or (  # k=1 is no function f(x)=1
+                g[0] == p[0] == "rel" and self.relation(g, p))
         kinds = {g[0], p[0]}
         if kinds == {"list", "seq"}:  # x=1, y=2 is (1,2)
             named, other = (g, p) if g[0] == "list" else (p, g)
             values = dict(map(_value, named[1]))
             return None not in values and len(values) == len(named[1]) and other[1] == "()" and (
                 self.same(("seq", "()", tuple(values.values())), other))
-        if kinds & {"list", "set", "union"}:
-            return self.cover(*(_items(n, "list", "set", "union") for n in (g, p)))
+        lists = ("list", "set", "union")
+        if kinds & {"minus", *lists}:
+            covered = bool(kinds & {*lists}) and self.cover(*(_items(n, *lists) for n in (g, p)))
+            return covered or kinds != {"set"} and self.same_set(g, p)
         if kinds == {"rel"}:
             return self.relation(g, p)
         if kinds == {"seq"}:
@@ -557,6 +583,32 @@ class _Comparer:
             return len({_value(n)[0] for n in (g, p)} - {None}) < 2 and self.same(g, p)
         return bool(gs) == bool(ps) and max(len(gs), len(ps)) <= MAX_ITEMS and (
             all(any(same(g, p) for p in ps) for g in gs) and all(any(same(g, p) for g in gs) for p in ps))
+
+    def same_set(self, g: Node, p: Node) -> bool:
+        """The same set of real numbers: equal at the ends of all pieces, between and beyond them?"""
+        with contextlib.suppress(ArithmeticError, ValueError):  # other trees, ends without a value
+            self.within(g, Fraction(0)), self.within(p, Fraction(0))  # to meet all ends
+            xs = sorted({Fraction(0), *self.ends.values()} - {math.inf, -math.inf})
+            xs += [xs[0] - 1, *((a + b) / 2 for a, b in zip(xs, xs[1:])), xs[-1] + 1]
+            return all(self.within(g, x) == self.within(p, x) for x in xs)
+        return False
+
+    def within(self, node: Node, x: Fraction) -> bool:
+        """Is a number in a set, whose ends it keeps? ValueError for other trees."""
+        match _value(node)[1]:
+            case ("seq", pair, (a, b)) if (low := self.end(a)) < (high := self.end(b)):
+                return low < x < high or x == low and pair[0] == "[" or x == high and pair[1] == "]"
+            case ("set", items):
+                return x in [self.end(n) for n in items]
+            case ("union" | "minus" as kind, items):
+                first, *others = [self.within(n, x) for n in items]
+                return first or any(others) if kind == "union" else first and not any(others)
+        raise ValueError("no set of numbers")
+
+    def end(self, node: Node) -> Fraction | float:
+        if (value := self.ends[node] if node in self.ends else self.number(node, {})) is None:
+            raise ValueError("no real number")
+        return self.ends.setdefault(node, value)
 
     def relation(self, g: Node, p: Node) -> bool:
         """Equations and inequalities are equal up to a constant factor, which < and <= need positive."""
@@ -608,7 +660,8 @@ def _judge(answer: str, gold: str, prove: bool) -> bool:
     """Does a bare answer equal the gold? Raises Refused, and _Unproven where prove=False cannot tell."""
     gold, text = _clean_gold(gold), _clean(answer)
     g = _parse(gold)
-    if text == gold or g[0] == "text" and _text_key(text) == g[1]:
+    option = _OPTION.fullmatch(text)  # (B) 12 is option B
+    if text == gold or g[0] == "text" and _text_key(text) == g[1] or option and option[1] == gold.strip("()"):
         return True
     if re.fullmatch(r"-?\d*\.\d+", gold) and re.fullmatch(r"-?\d+,\d\d?", text):  # 2,74
         text = text.replace(",", ".")
