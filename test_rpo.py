@@ -2,7 +2,6 @@
 import ast
 import contextlib
 import copy
-import dataclasses
 import itertools
 import json
 import math
