@@ -3,37 +3,28 @@
 Our own tokenizer and parser turn both answers into trees of tuples; nothing a model wrote is run as code.
 Trees are compared from cheap to expensive: text, structure, exact fractions with the symbols at fixed random
 points; only what is not a fraction is computed with 60 and with 120 digits. Everything is bounded before it
-is computed. The choices on which graders differ: docs/answers.md."""
+is computed, by counting and not by a clock: a verdict is the same on every machine, and needs no process of
+its own. The choices on which graders differ: docs/answers.md."""
 import contextlib
 import functools
-import json
 import math
-import os
 import random
 import re
-import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 1500, 400, 24, 64  # of one answer; beyond: refused
 MAX_BITS, MAX_LOG = 40_000, 4000  # bits of a fraction (2004! has 19,000); logarithm of any other number
-MAX_WAIT = 60.0  # seconds beyond the time limit for a worker that gets no CPU time
+MAX_WORK = 500_000  # of one comparison, roughly in microseconds
 TOLERANCE = Fraction(1, 10_000)  # relative, and only where the gold answer is a decimal
 Node = tuple  # (kind, ...): num value last_place | sym name | add nodes | pow a b | fn name args | ...
 
 
 class Refused(Exception):
     """The answer cannot be read or is beyond the bounds. Never leaves this module."""
-
-
-class _Unproven(Exception):
-    """The comparison needs inexact numbers, and the caller said prove=False."""
 
 
 # --- extract ------------------------------------------------------------------------------------------------
@@ -400,37 +391,43 @@ def _bits(x: Fraction) -> int:
     return x.numerator.bit_length() + x.denominator.bit_length()
 
 
+def _log_size(x: object) -> float:
+    import sympy
+    return abs(float(sympy.log(abs(x)))) if x else 0.0
+
+
 def _limit(size: object, most: int) -> None:
     if size > most:
         raise Refused("number too large")
 
 
+def _inexact(x: object, digits: int) -> object:
+    """A sympy number of so many digits, real or complex."""
+    import sympy  # half a second, and most answers never come here
+    return x if getattr(x, "is_Float", False) else sympy.N(sympy.sympify(x), digits)
+
+
+def _rounded(x: object, digits: int) -> Fraction:
+    """A real value as a fraction, less its last digits: ln(e^3) may come out slightly below 3."""
+    return x if isinstance(x, Fraction) else Fraction(str(x.evalf(digits - 10)))
+
+
 class _Evaluator:
-    """Computes scalar trees at a point: in fractions while that is exact, else in sympy's numbers (digits=0:
-    raises _Unproven). Every step gives a number and is bounded before it is computed. Raises ArithmeticError
-    or ValueError where undefined; with real, also where a step is not real."""
+    """Computes scalar trees at a point: in fractions while that is exact, else in sympy's numbers. Every step
+    gives a number, is bounded before it is computed, and is reported to `spend`. Raises ArithmeticError or
+    ValueError where undefined; with real, also where a step is not real."""
 
-    def __init__(self, point: dict[str, Fraction], digits: int, real: bool = True) -> None:
-        self.point, self.digits, self.real, self.bits_left = point, digits, real, 25 * MAX_BITS
+    def __init__(self, point: dict[str, Fraction], digits: int, real: bool, spend: Callable) -> None:
+        self.point, self.digits, self.real, self.spend = point, digits, real, spend
 
-    def sympy(self, name: str) -> object:
-        if not self.digits:
-            raise _Unproven
-        import sympy  # half a second, and most answers never come here
-        return getattr(sympy, name)
-
-    def inexact(self, x: Fraction | object) -> object:
-        """A sympy number of self.digits digits, real or complex."""
-        return x if getattr(x, "is_Float", False) else self.sympy("N")(self.sympy("sympify")(x), self.digits)
-
-    def value(self, node: Node) -> Fraction | object:
+    def value(self, node: Node) -> object:
         match node:
             case ("num", x, _):
                 return self.checked(x)
             case ("sym", name) if name in self.point:
                 return self.point[name]
             case ("const", name) if node != _INFINITY:
-                return self.checked(self.sympy({"e": "E", "i": "I"}.get(name, name)))
+                return self.checked(_inexact({"e": "E", "i": "I"}.get(name, name), self.digits))
             case ("add" | "mul" as kind, terms):
                 values = map(self.value, terms)
                 return functools.reduce(lambda a, b: self.checked(a + b if kind == "add" else a * b), values)
@@ -442,47 +439,41 @@ class _Evaluator:
                 return self.value(inner) / (100 if kind == "pct" else 1)
         raise ZeroDivisionError("no number")
 
-    def checked(self, x: Fraction | object) -> Fraction | object:
+    def checked(self, x: object) -> object:
+        self.spend(x)
         if isinstance(x, Fraction):
-            self.bits_left -= _bits(x)
-            _limit(_bits(x), min(MAX_BITS, self.bits_left))
+            _limit(_bits(x), MAX_BITS)
             return x
-        x = self.inexact(x)
+        x = _inexact(x, self.digits)
         if not x.is_finite or self.real and not x.is_real:
             raise ZeroDivisionError("undefined")
-        _limit(self.log_size(x), 2 * MAX_LOG)
+        _limit(_log_size(x), 2 * MAX_LOG)
         return x
 
-    def power(self, a: Fraction | object, b: Fraction | object) -> Fraction | object:
+    def power(self, a: object, b: object) -> object:
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
             _limit(_bits(a) * abs(b) if _bits(a) > 2 else 0, 2 * MAX_BITS)
             return a ** (b % 2 if abs(a) == 1 else b)
-        a, b = map(self.inexact, (a, b))
-        _limit(abs(b) * self.log_size(a), MAX_LOG)
+        a, b = _inexact(a, self.digits), _inexact(b, self.digits)
+        _limit(abs(b) * _log_size(a), MAX_LOG)
         return a ** b
 
-    def log_size(self, x: object) -> float:
-        return abs(float(self.sympy("log")(abs(x)))) if x else 0.0
-
-    def call(self, name: str, x: Fraction | object, y: Fraction | object = Fraction(0)) -> Fraction | object:
+    def call(self, name: str, x: object, y: object = Fraction(0)) -> object:
         if name == "abs":
             return abs(x)
         if name == "root":  # the odd root of a negative number is real, its power is not
             odd = isinstance(y, Fraction) and y % 2 == 1 and getattr(x, "is_real", True) and x < 0
             return -self.power(-x, 1 / y) if odd else self.power(x, 1 / y)
         if name in ("floor", "ceil"):
-            return Fraction({"floor": math.floor, "ceil": math.ceil}[name](self.rounded(x)))
+            return Fraction({"floor": math.floor, "ceil": math.ceil}[name](_rounded(x, self.digits)))
         if name in ("fact", "binom"):
             if not all(isinstance(n, Fraction) and n.denominator == 1 and n >= 0 for n in (x, y)):
                 raise ZeroDivisionError("undefined")
             _limit(min(y, x - y) * _bits(x) if name == "binom" else x * 10, MAX_BITS)
             return Fraction(math.factorial(int(x)) if name == "fact" else math.comb(int(x), int(y)))
         _limit(abs(x) if name in ("exp", "sinh", "cosh") else 0, MAX_LOG)
-        return self.sympy({"ln": "log"}.get(name, name.replace("arc", "a")))(self.inexact(x))
-
-    def rounded(self, x: Fraction | object) -> Fraction:
-        """A real value as a fraction, less its last digits: ln(e^3) may come out slightly below 3."""
-        return x if isinstance(x, Fraction) else Fraction(str(x.evalf(self.digits - 10)))
+        import sympy
+        return getattr(sympy, {"ln": "log"}.get(name, name.replace("arc", "a")))(_inexact(x, self.digits))
 
 
 def _points(node: Node) -> Iterator[dict[str, Fraction]]:
@@ -545,10 +536,11 @@ def _value(node: Node) -> tuple[Node | None, Node]:
 
 
 class _Comparer:
-    """Are two trees the same answer? prove=False: raises _Unproven where inexact numbers are needed."""
+    """Are two trees the same answer? Raises Refused if that takes too much work."""
 
-    def __init__(self, prove: bool) -> None:
-        self.prove, self.ends = prove, {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
+    def __init__(self) -> None:
+        self.work_left, self.values = MAX_WORK, {}
+        self.ends = {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
 
     def same(self, g: Node, p: Node) -> bool:
         if g == p:
@@ -636,28 +628,46 @@ class _Comparer:
         error = min(decimal[2] / 2 / abs(decimal[1]), TOLERANCE)
         return None not in (value, near) and abs(value - near) <= abs(value) * error
 
+    def spend(self, x: object) -> None:
+        """Account for the computation of one number."""
+        self.work_left -= 3 + _bits(x) // 20 if isinstance(x, Fraction) else 100
+        _limit(-self.work_left, 0)
+
+    def value(self, node: Node, point: dict[str, Fraction], digits: int = 60, real: bool = True) -> object:
+        """The value of a tree at a point, computed once; None where it has none."""
+        key = (node, digits, real, *point.items())
+        if key not in self.values:
+            self.values[key] = None
+            with contextlib.suppress(ArithmeticError, ValueError):
+                self.values[key] = _Evaluator(point, digits, real, self.spend).value(node)
+        return self.values[key]
+
     def number(self, node: Node, point: dict[str, Fraction]) -> Fraction | None:
         """The value of a tree, without its last digits; None where it has none or is not real."""
-        with contextlib.suppress(ArithmeticError, ValueError):
-            evaluator = _Evaluator(point, 60 * self.prove)
-            return evaluator.rounded(evaluator.value(node))
+        value = self.value(node, point)
+        return None if value is None else _rounded(value, 60)
+
+    def gap(self, g: Node, p: Node, point: dict[str, Fraction], digits: int, real: bool) -> object:
+        a, b = self.value(g, point, digits, real), self.value(p, point, digits, real)
+        if a is None or b is None:
+            return None
+        self.spend(a - b)
+        return abs(a - b) if isinstance(a - b, Fraction) else _inexact(abs(a - b), digits)
 
     def equal(self, g: Node, p: Node) -> bool:
         """Do two scalar trees agree wherever both are defined over the reals?"""
-        gap, met = _add(g, _neg(p)), False
-        real = ("const", "i") not in _walk(gap)
-        for point in _points(gap):
-            with contextlib.suppress(ArithmeticError, ValueError):  # undefined here, but elsewhere?
-                size = abs(_Evaluator(point, 60 * self.prove, real).value(gap))
-                if size and abs(_Evaluator(point, 120, real).value(gap)) > size / 10**20:
-                    return False  # rounding shrinks with more digits, a difference stays
-                met = True
+        met, real = False, ("const", "i") not in _walk((g, p))
+        for point in _points((g, p)):
+            gap = self.gap(g, p, point, 60, real)
+            if gap and (isinstance(gap, Fraction) or self.gap(g, p, point, 120, real) > gap / 10**20):
+                return False  # rounding shrinks with more digits, a difference stays
+            met = met or gap is not None
         return met
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------
-def _judge(answer: str, gold: str, prove: bool) -> bool:
-    """Does a bare answer equal the gold? Raises Refused, and _Unproven where prove=False cannot tell."""
+def _judge(answer: str, gold: str) -> bool:
+    """Does a bare answer equal the gold? Raises Refused."""
     gold, text = _clean_gold(gold), _clean(answer)
     g = _parse(gold)
     option = _OPTION.fullmatch(text)  # (B) 12 is option B
@@ -667,7 +677,7 @@ def _judge(answer: str, gold: str, prove: bool) -> bool:
         text = text.replace(",", ".")
     if g[0] == "text" or (asked := _units(gold)) and (given := _units(text)) and asked.isdisjoint(given):
         return False  # a unit may be missing, but not differ
-    return _Comparer(prove).same(g, _parse(text))
+    return _Comparer().same(g, _parse(text))
 
 
 def _clean_gold(gold: str) -> str:
@@ -680,12 +690,10 @@ def _units(text: str) -> set[str]:
     return {_UNIT_OF[word] for word in map(str.lower, words) if word in _UNIT_OF}
 
 
-def _verdict(answer: str | None, gold: str, prove: bool) -> str:
-    """correct, wrong, refused or unproven. Never raises, whatever arithmetic on a model's text raises."""
+def _verdict(answer: str | None, gold: str) -> str:
+    """correct, wrong or refused. Never raises, whatever arithmetic on a model's text raises."""
     try:
-        return "correct" if answer is not None and _judge(answer, gold, prove) else "wrong"
-    except _Unproven:
-        return "unproven"
+        return "correct" if answer is not None and _judge(answer, gold) else "wrong"
     except Exception as error:
         return "refused" if isinstance(error, Refused) else "wrong"
 
@@ -699,88 +707,30 @@ def parse_error(gold: str) -> str | None:
 
 
 def is_correct(response: str, gold: str, loose: bool = False) -> bool:
-    """Does the response's final answer equal the gold answer? Never raises. Bounded work, no time limit."""
-    return _verdict(extract_answer(response, loose), gold, prove=True) == "correct"
+    """Does the response's final answer equal the gold answer? Never raises; bounded work."""
+    return _verdict(extract_answer(response, loose), gold) == "correct"
 
 
-class Checker(contextlib.AbstractContextManager):
-    """is_correct for many pairs, with the same verdicts, from any thread.
-    Pairs that need inexact numbers go to a worker process, started when first needed. An answer on which it
-    spends more than `time_limit` seconds of CPU time, or which kills it, is not correct. workers=0: all runs
-    in this process, without a limit. Counters: timeouts (slow or killed checks), refused, check_ms_max."""
+class Checker:
+    """is_correct for many pairs, from any thread. Counters: refused, check_ms_max."""
 
-    def __init__(self, workers: int = 1, time_limit: float = 1.0) -> None:
-        if workers not in (0, 1) or time_limit <= 0:
-            raise ValueError(f"workers={workers} must be 0 or 1, time_limit={time_limit} positive")
-        self.workers, self.time_limit = workers, time_limit
-        self.timeouts, self.refused, self.check_ms_max = 0, 0, 0.0
-        self._lock, self._worker = threading.RLock(), None
+    def __init__(self) -> None:
+        self.refused, self.check_ms_max, self._lock = 0, 0.0, threading.Lock()
 
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """For each (response, gold): is it correct? Raises RuntimeError if the worker does not start."""
+        """For each (response, gold): is it correct?"""
         answers = [(extract_answer(response), gold) for response, gold in pairs]
         verdicts = {}
-        with self._lock:
+        with self._lock:  # sympy's precision is global
             for pair in dict.fromkeys(answers):
                 start = time.perf_counter()
-                verdict = _verdict(*pair, prove=self.workers == 0)
-                verdicts[pair] = self._ask(pair) if verdict == "unproven" else verdict
-                self.timeouts += verdicts[pair] == "timeout"
+                verdicts[pair] = _verdict(*pair)
                 self.check_ms_max = max(self.check_ms_max, 1000 * (time.perf_counter() - start))
             self.refused += [verdicts[pair] for pair in answers].count("refused")
         return [verdicts[pair] == "correct" for pair in answers]
 
     def take_counts(self) -> dict[str, float]:
         """The counters since the last call, by the names of their metrics."""
-        counts = {"reward/timeouts": self.timeouts, "reward/refused": self.refused,
-                  "reward/check_ms_max": self.check_ms_max}
-        self.timeouts, self.refused, self.check_ms_max = 0, 0, 0.0
+        counts = {"reward/refused": self.refused, "reward/check_ms_max": self.check_ms_max}
+        self.refused, self.check_ms_max = 0, 0.0
         return counts
-
-    def _ask(self, pair: tuple[str, str]) -> str:
-        """The worker's verdict, or "timeout" if it did not survive the check."""
-        worker = self._worker if self._worker and self._worker.poll() is None else self._start()
-        self._worker, verdict = None, ""  # interrupted, its late verdict shall not count for another answer
-        with contextlib.suppress(OSError):
-            worker.stdin.write(json.dumps(pair) + "\n")
-            worker.stdin.flush()
-            if select.select([worker.stdout], [], [], self.time_limit + MAX_WAIT)[0]:
-                verdict = worker.stdout.readline().strip()
-        self._worker = worker
-        if not verdict:
-            self.close()
-        return verdict or "timeout"
-
-    def _start(self) -> subprocess.Popen:
-        command = [sys.executable, "-P", os.path.abspath(__file__), "--worker", str(self.time_limit)]
-        worker = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  start_new_session=True)  # -P: our modules are not on its path
-        if worker.stdout.readline() != "ready\n":  # after its imports, which count for no answer
-            raise RuntimeError("the worker that checks answers did not start: is sympy installed?")
-        return worker
-
-    def close(self) -> None:
-        """Stop the worker; the next check starts a new one."""
-        with self._lock:
-            if self._worker:
-                self._worker.kill()
-                self._worker.communicate()
-            self._worker = None
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def _serve(time_limit: float) -> None:
-    """The worker process: pairs in as JSON, verdicts out. SIGPROF ends it when a check is slow."""
-    _Evaluator({}, 60).inexact(1)  # imports
-    print("ready", flush=True)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, time_limit)  # CPU time: a busy machine changes no verdict
-        verdict = _verdict(*json.loads(line), prove=True)
-        signal.setitimer(signal.ITIMER_PROF, 0)  # else the next line might meet the last of it
-        print(verdict, flush=True)
-
-
-if __name__ == "__main__" and sys.argv[1:2] == ["--worker"]:
-    _serve(float(sys.argv[2]))

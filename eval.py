@@ -317,12 +317,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = rollout.Sampling(eos_ids, len(tokenizer), args.temperature,
                                cut if args.top_k or args.top_p < 1 else None)
         results = {}
-        with Checker() as checker:
-            evaluator = Evaluator(policy, tokenizer, how, checker,
-                                  args.memory or rollout.default_memory(device), args.max_response, args.seed)
-            for name, (_, problems) in sets.items():
-                results[name] = run_one(args, evaluator, problems, earlier[name],
-                                        out / f"responses-{name}.jsonl")
+        evaluator = Evaluator(policy, tokenizer, how, Checker(), args.memory or rollout.default_memory(device),
+                              args.max_response, args.seed)
+        for name, (_, problems) in sets.items():
+            results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
         return fail("eval.py", 2, error)
     (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")

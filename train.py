@@ -685,8 +685,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                f"{out}" + (f", resumes after step {state.step}" if state.step else ""))
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with rule.checker:
-            last = train(config, out, task, policy, *others, rule, state, stop)
+        last = train(config, out, task, policy, *others, rule, state, stop)
         if last:
             print_summary(config, out, len(task.held_out), last)
             return 0

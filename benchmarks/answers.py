@@ -62,21 +62,20 @@ def golds(folder: Path) -> dict:
 
 
 def hostile(rows: list[dict]) -> dict:
-    """All hostile answers through one worker process; run it in a thread that is not the main one."""
-    with answers.Checker(workers=1) as checker:
-        checker.check([(boxed(r"\sqrt{8}"), r"2\sqrt{2}")])  # start the worker
-        times = []
-        for r in rows:
-            started = time.perf_counter()
-            verdict = checker.check([(r["prediction"], r["gold"])])[0]
-            times.append(time.perf_counter() - started)
-            if verdict and r["expected"] is False:
-                print(f"    judged correct: {r['id']}")
-    out = {"returned": len(times), "max_s": round(max(times), 3), "timeouts": checker.timeouts,
-           "median_ms": 1000 * statistics.median(times),
-           "worker_peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024}
-    print(f"hostile: {out['returned']} of {len(rows)} returned, median {out['median_ms']:.2f} ms, max "
-          f"{out['max_s']} s, worker memory at most {out['worker_peak_mb']} MB, {out['timeouts']} timeouts")
+    """All hostile answers; run it in a thread that is not the main one."""
+    checker = answers.Checker()
+    checker.check([(boxed(r"\sqrt{8}"), r"2\sqrt{2}")])  # imports
+    times = []
+    for r in rows:
+        started = time.thread_time()
+        verdict = checker.check([(r["prediction"], r["gold"])])[0]
+        times.append(time.thread_time() - started)
+        if verdict and r["expected"] is False:
+            print(f"    judged correct: {r['id']}")
+    out = {"returned": len(times), "max_s": round(max(times), 3), "median_ms": 1000 * statistics.median(times),
+           "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    print(f"hostile: {out['returned']} of {len(rows)} returned, CPU time: median {out['median_ms']:.2f} ms, "
+          f"max {out['max_s']} s; peak memory of this process {out['peak_mb']} MB")
     return out
 
 

@@ -58,9 +58,9 @@ def one_input(data: bytes, args: argparse.Namespace, start: float) -> None:
     else:
         text = expression(stream)
     gold = GOLDS[len(data) % len(GOLDS)]
-    watched(answers._judge, text, gold, True)  # is_correct would swallow what this raises
-    watched(answers._judge, gold, text, True)
-    watched(answers._judge, text, text + "+0", True)
+    watched(answers._judge, text, gold)  # is_correct would swallow what this raises
+    watched(answers._judge, gold, text)
+    watched(answers._judge, text, text + "+0")
     watched(answers.is_correct, text, gold, True)  # loose
     watched(answers.is_correct, boxed(text), gold)
     state["runs"] += 1

@@ -185,13 +185,13 @@ def evaluate(args: argparse.Namespace) -> dict:
     policy = load_policy(folder, len(tokenizer), device, dtype, weights=dtype)
     eos_ids = data.eos_ids(tokenizer, policy.model.generation_config.eos_token_id)
     how = rollout.Sampling(eos_ids, len(tokenizer), args.temperature)
-    with answers.Checker() as checker, open(args.out / "responses.jsonl", "a") as file:
+    with open(args.out / "responses.jsonl", "a") as file:
         def keep(record: dict) -> None:
             records.append(record)
             file.write(json.dumps(record) + "\n")
             file.flush()
 
-        evaluator = eval.Evaluator(policy, tokenizer, how, checker, rollout.default_memory(device),
+        evaluator = eval.Evaluator(policy, tokenizer, how, answers.Checker(), rollout.default_memory(device),
                                    args.max_response, args.seed)
         return study(args, evaluator, problems, prompts, records, keep)
 

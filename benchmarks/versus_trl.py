@@ -80,12 +80,12 @@ def trl_tiny(steps: int, rows: int) -> None:
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return list(map(float, checker.check(list(zip(texts, answer)))))
 
-    with answers.Checker() as checker:
-        seconds = trl_steps(
-            str(folder), [{"prompt": tokenizer.decode(prompts[p.id]), "answer": p.answer} for p in problems],
-            reward, per_device_train_batch_size=rows, gradient_accumulation_steps=128 // rows,
-            max_steps=steps, num_generations=8, max_completion_length=448, temperature=1.0,
-            epsilon_high=0.28, learning_rate=3e-5)
+    checker = answers.Checker()
+    seconds = trl_steps(
+        str(folder), [{"prompt": tokenizer.decode(prompts[p.id]), "answer": p.answer} for p in problems],
+        reward, per_device_train_batch_size=rows, gradient_accumulation_steps=128 // rows,
+        max_steps=steps, num_generations=8, max_completion_length=448, temperature=1.0,
+        epsilon_high=0.28, learning_rate=3e-5)
     result = {"trl": version("trl"), "steps": steps, "seconds_per_step": round(statistics.mean(seconds), 2),
               "tokens_per_step": round(statistics.mean(tokens)), "rows": rows}
     (DOCS / "trl_tiny.json").write_text(json.dumps(result) + "\n")
