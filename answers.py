@@ -11,9 +11,8 @@ import math
 import random
 import re
 import threading
-import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 1500, 400, 24, 64  # of one answer; beyond: refused
@@ -109,13 +108,13 @@ _SAME_AS = {spelling: token for token, spellings in {
     "~": r"\approx \simeq", "=": "==", "*": r"\cdot \times \ast", "/": r"\div", "^": "**", ":": r"\colon",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\emptyset": r"\varnothing",
     r"\setminus": r"\backslash", ",": "&", ";": r"\\"}.items() for spelling in spellings.split()}
-_UNITS = set("cm mm km kg ft mi lb lbs oz hr hrs mins sec secs mph feet foot usd".split())
 _UNIT_OF = {spelling: unit for unit, spellings in {
     "mm": "millimeter", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kph",
     "inch": "inches", "ft": "foot feet", "yard": "yd", "mi": "mile mph", "g": "gram", "kg": "kilogram",
     "lb": "pound", "oz": "ounce", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "",
     "month": "", "year": "", "dollar": "usd", "cent": "", "euro": ""}.items()
     for word in (unit, *spellings.split()) for spelling in (word, word + "s")}
+_UNITS = {word for word in _UNIT_OF if len(word.rstrip("s")) > 1} - {"min"}  # the others may be products
 _LETTERS = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
     "chi psi upsilon varphi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell mho pi".split())
@@ -150,8 +149,7 @@ _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (_TEXT.pattern.replace("[^{}]*", r"\s*[ei]\s*|[^A-Za-z{}]*(?:(?i:[ap]\.? ?m)\.? *)?"), r" \1 "),
     (r"(?i)(?<![\w.])(\d{1,2})(:\d\d)? *([ap])\.? ?m\b\.?(?! *[\^/*+=-])",  # a time is a name
      lambda m: f"t_{{{int(m[1])}{m[2] or ':00'}{m[3].lower()}m}}"),
-    (r"(?:^|(?<=[=,;])) *([A-Z])([A-Z])(?=[ .]*(?:$|[,;]))", r" \1_{\2}"),  # letters in an order, no product
-    (r"(?:^|(?<=[=,;])) *([A-Z]{3,})(?=[ .]*(?:$|[,;]))", r" \\text{\1}"),
+    (r"(?:^|(?<=[=,;])) *([A-Z]{2,})(?=[ .]*(?:$|[,;]))", r" \\text{\1}"),  # an order or a name, no product
     (r"(?<![\d})°])(?<![\d})°] )" + _TEXT.pattern.replace("[^{}]", r"(?![A-Za-z]{2})[^{}]"), r" \1 "),
     (rf"({_WRITTEN}|(?<![A-Za-z\\])(?:{_ANY_UNIT})(?![a-z]))"  # \text{cm}^2, km/h: the first counts
      rf"(?: *\^ *\{{?-?\d\}}?| */ *(?:{_WRITTEN}|[a-z]+))+", r"\1"),
@@ -391,43 +389,46 @@ def _bits(x: Fraction) -> int:
     return x.numerator.bit_length() + x.denominator.bit_length()
 
 
-def _log_size(x: object) -> float:
-    import sympy
-    return abs(float(sympy.log(abs(x)))) if x else 0.0
-
-
 def _limit(size: object, most: int) -> None:
     if size > most:
-        raise Refused("number too large")
-
-
-def _inexact(x: object, digits: int) -> object:
-    """A sympy number of so many digits, real or complex."""
-    import sympy  # half a second, and most answers never come here
-    return x if getattr(x, "is_Float", False) else sympy.N(sympy.sympify(x), digits)
-
-
-def _rounded(x: object, digits: int) -> Fraction:
-    """A real value as a fraction, less its last digits: ln(e^3) may come out slightly below 3."""
-    return x if isinstance(x, Fraction) else Fraction(str(x.evalf(digits - 10)))
+        raise Refused("number too large, or too much work")
 
 
 class _Evaluator:
-    """Computes scalar trees at a point: in fractions while that is exact, else in sympy's numbers. Every step
-    gives a number, is bounded before it is computed, and is reported to `spend`. Raises ArithmeticError or
-    ValueError where undefined; with real, also where a step is not real."""
+    """Computes scalar trees at points: in fractions while that is exact, else in sympy's numbers. Every step
+    is bounded before it is computed and counts as work; a tree's value at a point is computed once."""
 
-    def __init__(self, point: dict[str, Fraction], digits: int, real: bool, spend: Callable) -> None:
-        self.point, self.digits, self.real, self.spend = point, digits, real, spend
+    def __init__(self) -> None:
+        self.work_left, self.known = MAX_WORK, {}
+
+    def at(self, node: Node, point: dict[str, Fraction], digits: int = 60, real: bool = True) -> object:
+        """A value, or None where there is none; with real, also where a step is not real."""
+        key = (node, digits, real, *point.items())
+        if key not in self.known:
+            self.known[key], self.point, self.digits, self.real = None, point, digits, real
+            with contextlib.suppress(ArithmeticError, ValueError):
+                self.known[key] = self.value(node)
+        return self.known[key]
+
+    def number(self, node: Node, point: dict[str, Fraction]) -> Fraction | None:
+        """The same as a fraction, without its last digits."""
+        value = self.at(node, point)
+        return None if value is None else self.rounded(value)
+
+    def gap(self, g: Node, p: Node, point: dict[str, Fraction], digits: int, real: bool) -> object:
+        """The distance of two values, or None."""
+        a, b = self.at(g, point, digits, real), self.at(p, point, digits, real)
+        return None if a is None or b is None else abs(a - b if self.counted(a - b) else self.inexact(a - b))
 
     def value(self, node: Node) -> object:
+        """Raises ArithmeticError or ValueError where undefined."""
         match node:
             case ("num", x, _):
                 return self.checked(x)
             case ("sym", name) if name in self.point:
                 return self.point[name]
             case ("const", name) if node != _INFINITY:
-                return self.checked(_inexact({"e": "E", "i": "I"}.get(name, name), self.digits))
+                return self.checked(self.inexact({"e": "E", "i": "I"}.get(name, name)))
             case ("add" | "mul" as kind, terms):
                 values = map(self.value, terms)
                 return functools.reduce(lambda a, b: self.checked(a + b if kind == "add" else a * b), values)
@@ -440,22 +441,43 @@ class _Evaluator:
         raise ZeroDivisionError("no number")
 
     def checked(self, x: object) -> object:
-        self.spend(x)
-        if isinstance(x, Fraction):
+        if self.counted(x):
             _limit(_bits(x), MAX_BITS)
             return x
-        x = _inexact(x, self.digits)
+        x = self.inexact(x)
         if not x.is_finite or self.real and not x.is_real:
             raise ZeroDivisionError("undefined")
-        _limit(_log_size(x), 2 * MAX_LOG)
+        _limit(self.log_size(x), 2 * MAX_LOG)
         return x
+
+    def counted(self, x: object) -> bool:
+        """Count the work of one step, in about microseconds, and say whether it was exact."""
+        exact = isinstance(x, Fraction)
+        self.work_left -= 3 + _bits(x) // 20 if exact else 100
+        _limit(-self.work_left, 0)
+        return exact
+
+    def sympy(self, name: str) -> object:
+        import sympy  # half a second, and most answers never come here
+        return getattr(sympy, name)
+
+    def inexact(self, x: object) -> object:
+        """A sympy number of self.digits digits, real or complex."""
+        return x if getattr(x, "is_Float", False) else self.sympy("N")(self.sympy("sympify")(x), self.digits)
+
+    def rounded(self, x: object) -> Fraction:
+        """A real value as a fraction, less its last digits: ln(e^3) may come out slightly below 3."""
+        return x if isinstance(x, Fraction) else Fraction(str(x.evalf(self.digits - 10)))
+
+    def log_size(self, x: object) -> float:
+        return abs(float(self.sympy("log")(abs(x)))) if x else 0.0
 
     def power(self, a: object, b: object) -> object:
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
             _limit(_bits(a) * abs(b) if _bits(a) > 2 else 0, 2 * MAX_BITS)
             return a ** (b % 2 if abs(a) == 1 else b)
-        a, b = _inexact(a, self.digits), _inexact(b, self.digits)
-        _limit(abs(b) * _log_size(a), MAX_LOG)
+        a, b = map(self.inexact, (a, b))
+        _limit(abs(b) * self.log_size(a), MAX_LOG)
         return a ** b
 
     def call(self, name: str, x: object, y: object = Fraction(0)) -> object:
@@ -465,15 +487,14 @@ class _Evaluator:
             odd = isinstance(y, Fraction) and y % 2 == 1 and getattr(x, "is_real", True) and x < 0
             return -self.power(-x, 1 / y) if odd else self.power(x, 1 / y)
         if name in ("floor", "ceil"):
-            return Fraction({"floor": math.floor, "ceil": math.ceil}[name](_rounded(x, self.digits)))
+            return Fraction({"floor": math.floor, "ceil": math.ceil}[name](self.rounded(x)))
         if name in ("fact", "binom"):
             if not all(isinstance(n, Fraction) and n.denominator == 1 and n >= 0 for n in (x, y)):
                 raise ZeroDivisionError("undefined")
             _limit(min(y, x - y) * _bits(x) if name == "binom" else x * 10, MAX_BITS)
             return Fraction(math.factorial(int(x)) if name == "fact" else math.comb(int(x), int(y)))
         _limit(abs(x) if name in ("exp", "sinh", "cosh") else 0, MAX_LOG)
-        import sympy
-        return getattr(sympy, {"ln": "log"}.get(name, name.replace("arc", "a")))(_inexact(x, self.digits))
+        return self.sympy({"ln": "log"}.get(name, name.replace("arc", "a")))(self.inexact(x))
 
 
 def _points(node: Node) -> Iterator[dict[str, Fraction]]:
@@ -529,7 +550,9 @@ def _value(node: Node) -> tuple[Node | None, Node]:
     if set(ops) <= {"<", "<="} and _is_name(name):
         left, right = (ops * 2)[0] == "<" or low == _MINUS_INFINITY, ops[-1] == "<" or high == _INFINITY
         piece = ("seq", "[("[left] + "])"[right], (low, high))
-        if name[:2] == ("fn", "abs") and low != _MINUS_INFINITY:  # 1 < |x| < 2
+        if name[:2] == ("fn", "abs") and low == _MINUS_INFINITY:  # |x| < 2
+            return None, ("seq", "[("[right] + "])"[right], (_neg(high), high))
+        if name[:2] == ("fn", "abs"):  # 1 < |x| < 2
             return None, ("list", (piece, ("seq", "[("[right] + "])"[left], (_neg(high), _neg(low)))))
         return None, piece
     return None, ("rel", ops, sides)
@@ -539,8 +562,8 @@ class _Comparer:
     """Are two trees the same answer? Raises Refused if that takes too much work."""
 
     def __init__(self) -> None:
-        self.work_left, self.values = MAX_WORK, {}
-        self.ends = {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
+        self.evaluator = _Evaluator()
+        self.number = self.evaluator.number
 
     def same(self, g: Node, p: Node) -> bool:
         if g == p:
@@ -577,11 +600,11 @@ class _Comparer:
             all(any(same(g, p) for p in ps) for g in gs) and all(any(same(g, p) for g in gs) for p in ps))
 
     def same_set(self, g: Node, p: Node) -> bool:
-        """The same set of real numbers: equal at the ends of all pieces, between and beyond them?"""
+        """The same set of real numbers: equal at all numbers in the trees, between and beyond them?"""
         with contextlib.suppress(ArithmeticError, ValueError):  # other trees, ends without a value
-            self.within(g, Fraction(0)), self.within(p, Fraction(0))  # to meet all ends
-            xs = sorted({Fraction(0), *self.ends.values()} - {math.inf, -math.inf})
-            xs += [xs[0] - 1, *((a + b) / 2 for a, b in zip(xs, xs[1:])), xs[-1] + 1]
+            met = {self.number(n, {}) for n in _walk((g, p))} - {None}
+            xs = sorted({0, *met, *(-x for x in met)})
+            xs += [xs[0] - 1, *((a + b) / Fraction(2) for a, b in zip(xs, xs[1:])), xs[-1] + 1]
             return all(self.within(g, x) == self.within(p, x) for x in xs)
         return False
 
@@ -598,9 +621,10 @@ class _Comparer:
         raise ValueError("no set of numbers")
 
     def end(self, node: Node) -> Fraction | float:
-        if (value := self.ends[node] if node in self.ends else self.number(node, {})) is None:
+        ends = {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
+        if (value := ends[node] if node in ends else self.number(node, {})) is None:
             raise ValueError("no real number")
-        return self.ends.setdefault(node, value)
+        return value
 
     def relation(self, g: Node, p: Node) -> bool:
         """Equations and inequalities are equal up to a constant factor, which < and <= need positive."""
@@ -628,38 +652,13 @@ class _Comparer:
         error = min(decimal[2] / 2 / abs(decimal[1]), TOLERANCE)
         return None not in (value, near) and abs(value - near) <= abs(value) * error
 
-    def spend(self, x: object) -> None:
-        """Account for the computation of one number."""
-        self.work_left -= 3 + _bits(x) // 20 if isinstance(x, Fraction) else 100
-        _limit(-self.work_left, 0)
-
-    def value(self, node: Node, point: dict[str, Fraction], digits: int = 60, real: bool = True) -> object:
-        """The value of a tree at a point, computed once; None where it has none."""
-        key = (node, digits, real, *point.items())
-        if key not in self.values:
-            self.values[key] = None
-            with contextlib.suppress(ArithmeticError, ValueError):
-                self.values[key] = _Evaluator(point, digits, real, self.spend).value(node)
-        return self.values[key]
-
-    def number(self, node: Node, point: dict[str, Fraction]) -> Fraction | None:
-        """The value of a tree, without its last digits; None where it has none or is not real."""
-        value = self.value(node, point)
-        return None if value is None else _rounded(value, 60)
-
-    def gap(self, g: Node, p: Node, point: dict[str, Fraction], digits: int, real: bool) -> object:
-        a, b = self.value(g, point, digits, real), self.value(p, point, digits, real)
-        if a is None or b is None:
-            return None
-        self.spend(a - b)
-        return abs(a - b) if isinstance(a - b, Fraction) else _inexact(abs(a - b), digits)
-
     def equal(self, g: Node, p: Node) -> bool:
         """Do two scalar trees agree wherever both are defined over the reals?"""
         met, real = False, ("const", "i") not in _walk((g, p))
         for point in _points((g, p)):
-            gap = self.gap(g, p, point, 60, real)
-            if gap and (isinstance(gap, Fraction) or self.gap(g, p, point, 120, real) > gap / 10**20):
+            gap = self.evaluator.gap(g, p, point, 60, real)
+            if gap and (isinstance(gap, Fraction)
+                        or self.evaluator.gap(g, p, point, 120, real) > gap / 10**20):
                 return False  # rounding shrinks with more digits, a difference stays
             met = met or gap is not None
         return met
@@ -690,6 +689,7 @@ def _units(text: str) -> set[str]:
     return {_UNIT_OF[word] for word in map(str.lower, words) if word in _UNIT_OF}
 
 
+@functools.lru_cache(4096)
 def _verdict(answer: str | None, gold: str) -> str:
     """correct, wrong or refused. Never raises, whatever arithmetic on a model's text raises."""
     try:
@@ -712,25 +712,19 @@ def is_correct(response: str, gold: str, loose: bool = False) -> bool:
 
 
 class Checker:
-    """is_correct for many pairs, from any thread. Counters: refused, check_ms_max."""
+    """is_correct for many pairs, from any thread; counts the answers that are refused."""
 
     def __init__(self) -> None:
-        self.refused, self.check_ms_max, self._lock = 0, 0.0, threading.Lock()
+        self.refused, self._lock = 0, threading.Lock()  # sympy's precision is global
 
     def check(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """For each (response, gold): is it correct?"""
-        answers = [(extract_answer(response), gold) for response, gold in pairs]
-        verdicts = {}
-        with self._lock:  # sympy's precision is global
-            for pair in dict.fromkeys(answers):
-                start = time.perf_counter()
-                verdicts[pair] = _verdict(*pair)
-                self.check_ms_max = max(self.check_ms_max, 1000 * (time.perf_counter() - start))
-            self.refused += [verdicts[pair] for pair in answers].count("refused")
-        return [verdicts[pair] == "correct" for pair in answers]
+        with self._lock:
+            verdicts = [_verdict(extract_answer(response), gold) for response, gold in pairs]
+            self.refused += verdicts.count("refused")
+        return [verdict == "correct" for verdict in verdicts]
 
     def take_counts(self) -> dict[str, float]:
-        """The counters since the last call, by the names of their metrics."""
-        counts = {"reward/refused": self.refused, "reward/check_ms_max": self.check_ms_max}
-        self.refused, self.check_ms_max = 0, 0.0
-        return counts
+        """The counts since the last call, by the names of their metrics."""
+        refused, self.refused = self.refused, 0
+        return {"reward/refused": refused}

@@ -995,7 +995,7 @@ def test_checker_gives_the_same_answers_as_is_correct_from_any_thread() -> None:
     threads = [threading.Thread(target=lambda: results.append(checker.check(pairs))) for _ in range(2)]
     assert [thread.start() for thread in threads] == [thread.join() for thread in threads]
     assert results == [expected] * 2
-    assert checker.check([]) == [] and checker.check_ms_max > 0
+    assert checker.check([]) == []
 
 
 def test_easy_answers_load_nothing() -> None:
@@ -1013,9 +1013,8 @@ def test_refused_answers_are_counted() -> None:
     checker = Checker()
     for bound, answer in far.items():
         assert checker.check([(boxed(answer), "7"), (boxed("8"), "7"), ("none", "7")]) == [False] * 3
-        counts = checker.take_counts()
-        assert counts["reward/refused"] == 1 and counts["reward/check_ms_max"] > 0, bound
-        assert checker.take_counts() == {"reward/refused": 0, "reward/check_ms_max": 0}
+        assert checker.take_counts() == {"reward/refused": 1}, bound
+        assert checker.take_counts() == {"reward/refused": 0}
 
 
 def test_an_answer_that_takes_too_much_work_is_refused_and_the_next_one_is_checked() -> None:
@@ -1363,7 +1362,7 @@ QUICK = ["--model", str(TINY), "--device", "cpu", "--no-gradient-checkpointing",
          *("--steps 3 --problems-per-step 3 --group-size 4 --max-prompt 120 --max-response 420 --max-cut 0.3 "
            "--cache-init-chunk 12 --lr 1e-3 --warmup-steps 3 --dynamic-rounds 2").split()]
 PRESET = Path(train.__file__).with_name("presets") / "tiny.args"
-TIMINGS = ("time/", "tokens/per_s", "memory/", "reward/check_ms_max")
+TIMINGS = ("time/", "tokens/per_s", "memory/")
 
 
 def lines_of(path: Path) -> list[dict]:
