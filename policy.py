@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from data import say_once
 
@@ -309,8 +309,12 @@ class Policy(torch.nn.Module):
                 raise ValueError("its rotary factors change with the length of the sequence")
             self.model.set_attn_implementation("shared_prefix")
             self.train()  # in which dropout would act
-            states = self.states(batch.input_ids, batch.position_ids, Packed(batch.spans, self.fused))
+            called: set[int] = set()
+            layout = Packed(batch.spans, self.fused, lambda spans, layer, *_: called.add(layer))
+            states = self.states(batch.input_ids, batch.position_ids, layout)
             self.eval()
+            if len(called) < self.model.config.get_text_config().num_hidden_layers:
+                raise ValueError("not all of its layers attend through the interface of transformers")
             if torch.allclose(self.logits(states[batch.index[:, -1]]), plain, rtol=1e-3,
                               atol=1e-3 * float(plain.abs().max())):
                 return
@@ -326,10 +330,15 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
     weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
     are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
     try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if {"quantization_config", "quantization"} & vars(config).keys():
+            raise ValueError("its weights are quantized: give the folder of the original model")
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ValueError(f"a {config.model_type} model is no language model of text alone")
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
     except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"--model: {folder} cannot be loaded ({type(error).__name__}: {error})") from error
+        raise ValueError(f"--model: {folder} cannot be loaded ({error})") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:9])}")
     return Policy(model.to(device), vocab_size, dtype).to(weights)

@@ -36,7 +36,7 @@ import rollout
 import rpo
 import train
 from answers import Checker, extract_answer, is_correct, parse_error
-from policy import Policy, Tree, pack, padded
+from policy import Policy, Tree, load_policy, pack, padded
 from rewards import Group, length_rewards
 
 torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
@@ -268,6 +268,37 @@ def test_a_model_that_cannot_share_prefixes_is_refused_in_one_sentence(kind, siz
     with pytest.raises(ValueError, match=f"--model: .* cannot share prefixes .*{reason}") as error:
         Policy(random_model(kind, **sizes), VOCAB)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, config, reason", [
+    ("multimodal", dict(model_type="llava"), "a llava model is no language model of text alone"),
+    ("encoder and decoder", dict(model_type="t5"), "a t5 model is no language model of text alone"),
+    ("gptq", dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantized: give .* the original"),
+    ("mlx", dict(quantization=dict(bits=4, group_size=64)), "quantized: give .* the original")])
+def test_a_folder_of_another_kind_is_refused_in_one_sentence(tmp_path, name, config, reason):
+    """Multimodal folders printed the names of 160 classes, quantized ones what else to install."""
+    folder = shutil.copytree(TINY, tmp_path / name)
+    (folder / "config.json").write_text(json.dumps(json.loads((TINY / "config.json").read_text()) | config))
+    with pytest.raises(ValueError, match=f"--model: .* cannot be loaded .*{reason}") as error:
+        load_policy(folder, VOCAB, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, config", [
+    ("OPT", dict(vocab_size=VOCAB, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                 word_embed_proj_dim=32, dropout=0.1)),
+    ("Bloom", dict(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4))])
+def test_opt_runs_and_bloom_is_refused(kind, config):
+    """BLOOM has its own attention, but near zero its logits are close; OPT's dropout acts by function."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind + "Config")(**config, pad_token_id=1))
+    if kind == "Bloom":
+        with pytest.raises(ValueError, match="cannot share prefixes .not all of its layers"):
+            Policy(model, VOCAB)
+        return
+    policy, batch = Policy(model, VOCAB).train(), pack([Tree([4, 2, 3], [[4, 5], [6, 7]])])
+    want = plain_logprobs(model.eval(), [4, 2, 3], [4, 5], 1.0)
+    assert policy.train()(batch)[0][0].tolist() == pytest.approx(want.tolist(), abs=1e-5)
 
 
 def test_dropout_is_off():
