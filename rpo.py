@@ -84,7 +84,7 @@ def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Te
     approx_kl, kl_ref. Source: the papers beside ALGORITHMS."""
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     log_ratio = (logprobs - old).clamp(-20, 20)
-    sums = {"approx_kl": ((log_ratio.exp() - 1 - log_ratio) * mask).sum().item()}
+    sums = {"approx_kl": ((log_ratio.expm1() - log_ratio) * mask).sum().item()}
     if objective.ratio_level == "sequence":
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1))[:, None]
     ratio = log_ratio.exp().expand(mask.shape)
