@@ -33,7 +33,7 @@ _FORMULA = r"(?<!\\)\$\$?((?:\\\$|[^$]){1,400}?)(?<!\\)\$\$?|\\\((.{1,400}?)\\\)
 _LOOSE = re.compile(_FORMULA + r"|(?<![\w.,])(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?(?:\\?%|percent)?)", re.S)
 _PROSE = re.compile(r"[^\d\\$]*[A-Za-z]{3}|.*\S\n.*\S", re.S)
 _AFTERTHOUGHT = re.compile(  # 72, which is the total; but not: 72, or maybe 73
-    r"(.*?)(?:(?<=[\w$)}\]%°!])(?:[,;] *| +(?=(?:which|because|since|so|not)\b))(?=an? |[a-z]{2})"
+    r"(.*?)(?:(?<=[\w$)}\]%°!])(?:[,;] *| +\((?!mod)| +(?=(?:which|because|since|so|not)\b))(?=an? |[a-z]{2})"
     r"(?!(?:and|sin|cos|ln|log)\b|.*\b(?:or|maybe|perhaps|possibly|but|though|wait|actually)\b).*)?", re.S)
 _MARKUP = re.compile(r"\\(?:q?quad|text|mbox|[()\[\],;: ])|[${}*\s\"]")
 _JOINT = re.compile(r" *(?:[,;]|[^.?!:;]{0,30}\b(?:and|or)\b)? *(?:\w{1,8} *=)? *")
@@ -83,7 +83,7 @@ def _stated(text: str) -> str | None:
     sentence += re.split(r"\.(?:\s|$)|\n", line[len(sentence):])[0]
     value = _AFTERTHOUGHT.fullmatch(sentence)[1]
     sentence = value if re.search(r"[\d$\\]|\b[A-Z]\b", value) else sentence  # not: obviously, as said, 72
-    return (_unmarked(sentence) or sentence).strip(" $") or None
+    return (_unmarked(sentence) or sentence).strip(" $*") or None
 
 
 def _unmarked(text: str) -> str | None:
@@ -124,8 +124,8 @@ _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|it|sf)|op
 _ANY_WORD, _ANY_UNIT = ("|".join(sorted(words, key=len, reverse=True)) for words in (_WORDS, _UNITS))
 _WRITTEN = _TEXT.pattern.replace("([^{}]*)", "[^{}]*")
 _MATRIX = r"\{(?:[pbB]?matrix|array|smallmatrix)\}"
-_SAYS = (r"(?:(?:so|thus|hence|therefore|the|my|our|final|correct|required|total),? )*"
-         r"(?:answer|result|solution|total|value|sum|number|it)(?: of [a-z ]{1,40})?(?: is| are|:| =):?")
+_SAYS = (r"(?:(?:so|thus|hence|therefore),? )*(?:(?:the|my|our|final) (?:[a-z-]{1,20} ){0,6})?"
+         r"[a-z]{2,20}(?: is\b| are\b|(?<=answer)[:=]| (?<=answer )[:=]):?")
 _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<!\\)\\\\(?=[a-z]{3}|(?:pi|pm|[lgn]e)(?![a-z]))", r"\\"),  # escaped once too often
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])|\\(?:displaystyle|limits)\b", ""),

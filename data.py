@@ -12,7 +12,6 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jinja2 import TemplateError
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,6 +25,7 @@ ORGANISATIONS = {"Qwen": "Qwen", "DeepSeek": "deepseek-ai", "SmolLM": "HuggingFa
 QUESTION_KEYS = ("problem", "question", "prompt")
 ANSWER_KEYS = ("answer", "final_answer", "ground_truth", "reward_model.ground_truth", "extra_info.answer")
 _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]{2,}|.{100}", re.S)  # a solution without it may be a bare answer
+_BROKEN = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which no tokenizer takes
 # everything a policy needs, safetensors only: pickled weights can run code
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 
@@ -66,8 +66,8 @@ def load_problems(source: str, option: str) -> list[Problem]:
                 dropped[no_answer] += 1
             elif problem.id in problems:
                 dropped["duplicate"] += 1
-            elif problem.question.encode("utf-8", "ignore").decode() != problem.question:
-                dropped["broken characters"] += 1  # half of a surrogate pair, which no tokenizer takes
+            elif _BROKEN.search("".join([problem.question, problem.solution, *sum(problem.turns, ())])):
+                dropped["broken characters"] += 1
             elif error:
                 dropped["gold answer cannot be checked"] += 1
                 tqdm.write(f"{option} {source}: {where}, id {problem.id}: "
@@ -93,13 +93,13 @@ def _records(path: Path, source: str) -> Iterable[tuple[str, dict]]:
         for number, line in enumerate(text.split("\n") if lines else (), 1):
             where = f"line {number}"
             if line.strip():
-                yield where, json.loads(line)
-        records = [] if lines else json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "" if lines else "; a file with one record per line must be named .jsonl"
-        raise ValueError(f"{source}: {where} is not valid JSON ({error}){hint}") from error
+                yield where, json.loads(line, parse_constant=lambda name: None)  # NaN: no answer
+        records = [] if lines else json.loads(text, parse_constant=lambda name: None)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{source}: cannot be read as UTF-8 or UTF-16 text ({error})") from error
+    except (ValueError, RecursionError) as error:
+        hint = "" if lines else "; a file with one record per line must be named .jsonl"
+        raise ValueError(f"{source}: {where} is not valid JSON ({error}){hint}") from error
     if not isinstance(records, list):
         raise ValueError(f"{source}: a .json file holds one list of records; if one a line, name it .jsonl")
     yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
@@ -252,11 +252,11 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]],
         return tokenizer.apply_chat_template(messages, return_dict=False, **how, **dict(style.arguments))
     try:
         return render(turns)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it raises its own errors and Python's
         try:
             (_, system), (role, question), *rest = turns if turns[0][0] == "system" else [("", ""), *turns]
             ids = render([(role, f"{system}\n\n{question}".strip()), *rest])
-        except (TemplateError, ValueError):
+        except Exception:
             raise ValueError(f"--model: its chat template refuses the turns {', '.join(r for r, _ in turns)} "
                              f"({error}); use another model or other data") from error
         say_once(f"note: the chat template refuses a system turn ({error}): it goes into the user turn")
@@ -268,6 +268,8 @@ def encode_prompts(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBa
     """Prompt ids by problem id; those longer than max_prompt tokens are left out and counted."""
     if "strftime_now" in (tokenizer.chat_template or ""):
         tqdm.write("note: the chat template prints today's date: prompts of a run resumed later differ")
+    if len({tuple(encode_prompt(tokenizer, Problem("", text, ""), style)) for text in ("1 + 1", "2 + 2")}) < 2:
+        raise ValueError("--model: its chat template leaves the question out; use another model")
     prompts = {p.id: encode_prompt(tokenizer, p, style)
                for p in tqdm(problems, "prompts", leave=False, delay=5)}
     short = {key: ids for key, ids in prompts.items() if len(ids) <= max_prompt}

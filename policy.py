@@ -304,6 +304,8 @@ class Policy(torch.nn.Module):
             self.eval()
             whole = [torch.tensor([tree.context + suffix], device=self.device) for suffix in tree.suffixes]
             plain = torch.stack([self.model(ids).logits[0, -2] for ids in whole])
+            if not plain.isfinite().all():
+                raise ValueError("its logits are not finite")
             rope = getattr(self.model.config, "rope_parameters", None) or {}
             if {"longrope", "dynamic"} & {str(value) for value in (rope.get("rope_type"), *rope.values())}:
                 raise ValueError("its rotary factors change with the length of the sequence")
@@ -335,12 +337,16 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
             raise ValueError("its weights are quantized: give the folder of the original model")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"a {config.model_type} model is no language model of text alone")
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
-                                                           trust_remote_code=False, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True)
     except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"--model: {folder} cannot be loaded ({error})") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:9])}")
+        raise ValueError(f"--model: {folder} cannot be loaded ({str(error).partition('. ')[0]})") from error
+    if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
+        raise ValueError(f"--model: {folder} lacks weights, which would be random, or has them in another "
+                         f"shape: {', '.join(missing[:9])}")
+    if (rows := len(model.get_input_embeddings().weight)) < vocab_size:
+        raise ValueError(f"--model: {folder} has {vocab_size} tokens but embeddings for {rows}: resize them")
     return Policy(model.to(device), vocab_size, dtype).to(weights)
 
 

@@ -823,7 +823,8 @@ COMMITTED = [
     (r"not \boxed{1}. No: \boxed{2}", "2"), ("there are 5 of them", None), ("", None), ("\\boxed{", None),
     ("####", None), ("Answer:", None), ("The answer is 6, so \\boxed{", None), ("The answer is not 6.", None),
     ("The answer is 6, in total, so she has 2 left.", "6"), ("The answer is $6$, which is $2+4$.", "6"),
-    ("The answer is 6 because 2+4=6.", "6")]
+    ("The answer is 6 because 2+4=6.", "6"), ("The answer is 6 (that is, 2+4).", "6"),
+    ("It is 6 (mod 7). The answer is 6 (mod 7).", "6 (mod 7)"), ("The correct answer is **C**.", "C")]
 
 
 @pytest.mark.parametrize("text, answer", COMMITTED)
@@ -885,7 +886,7 @@ k=1 : 1 | x=1
 [3,\infty) : \{t \in \mathbb{R}: t\ge 3\}
 2:10 \text{ PM} : 2:10 p.m. | 02:10\,\mathrm{PM} | 2{:}10 pm | \text{2:10 P.M.}
 C : \text{(C)}\ 31 | \textbf{(C) } 31 | \text{C. } x+1 | C) Monday
-58 : '58' | “58” | \text{"58"} | \text{The total is 58.} | \text{The answer is } 58 | 58\\
+58 : '58' | “58” | \text{"58"} | \text{The total is 58.} | \text{The answer is } 58 | 58\\ | \text{The area of it is } 58
 9:4 : 9{:}4 | 9 to 4 | 9 is to 4
 CAB : \text{CAB}
 \frac{29}{7} : 4\dfrac17 | 4\frac{1}7
@@ -1243,7 +1244,8 @@ def test_answers_stand_where_other_data_sets_keep_them(tmp_path, capsys):
                    {"problem": "b", "extra_info": {"answer": "7"}}, {"prompt": "c", "solution": "34"},
                    {"question": "d", "final_answer": ["$3$, $-3$"], "solution": ["words"]},
                    {"question": "e", "answer": [3, -3]}, {"problem": "f", "answer": {"value": 36}},
-                   {"problem": "half \ud800 a pair", "answer": "1"})
+                   {"problem": "half \ud800 a pair", "answer": "1"},
+                   {"problem": "g", "answer": "1", "solution": "\udc00"}, {"problem": "h", "answer": math.nan})
     problems = {p.question: p for p in load(source)}
     assert {q: p.answer for q, p in problems.items()} == {
         "a": "36", "b": "7", "c": "34", "d": "$3$, $-3$", "e": "3, -3"}
@@ -1251,7 +1253,10 @@ def test_answers_stand_where_other_data_sets_keep_them(tmp_path, capsys):
     assert is_correct(boxed("-3, 3"), problems["e"].answer)
     assert not is_correct(boxed("3"), problems["d"].answer)
     said = capsys.readouterr().out
-    assert "dropped 1 of 7: no answer in answer, final_answer" in said and "broken characters" in said
+    assert "dropped 2 of 9: no answer in answer, final_answer" in said and "2 of 9: broken characters" in said
+    for number in ("[" * 9999 + "]" * 9999, "1" * 9999):  # met as a RecursionError, and without a line number
+        with pytest.raises(ValueError, match="line 1 is not valid JSON"):
+            load(write(tmp_path / "deep.jsonl", f'{{"question": "a", "answer": {number}}}'))
 
 
 @needs_shared
@@ -1312,6 +1317,11 @@ def test_templates_of_other_models():
     tokenizer.chat_template = "{{ 'on' if think else 'off' }}"
     style = data.PromptStyle(arguments=data.template_arguments('{"think": true}'))
     assert tokenizer.decode(data.encode_prompt(tokenizer, question("What?"), style)) == "on"
+    for template, reason in (("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",
+                              "leaves the question out"), ("{{ messages[0].content + 1 }}", "refuses")):
+        tokenizer.chat_template = template  # of parts, as multimodal models have; one that fails in Python
+        with pytest.raises(ValueError, match=f"--model: its chat template {reason}"):
+            data.encode_prompts([question("What?")], tokenizer, data.PromptStyle("Think."), 99)
     for text in ("{", "[1]", "true"):
         with pytest.raises(ValueError, match="--template-args"):
             data.template_arguments(text)
@@ -1320,7 +1330,7 @@ def test_templates_of_other_models():
 def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
     """Missing weights were random and a tokenizer without files encoded nothing: both with exit code 0."""
     from safetensors.torch import load_file, save_file
-    for name in ("missing", "truncated", "bare"):
+    for name in ("missing", "truncated", "bare", "shape", "nan"):
         shutil.copytree(TINY, tmp_path / name)
     path = tmp_path / "missing" / "model.safetensors"
     weights = load_file(path)
@@ -1329,9 +1339,15 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).unlink()
-    for name, word in (("missing", "model.layers.1.input_layernorm"), ("truncated", "cannot be loaded")):
+    norm = weights["model.norm.weight"]
+    for name, odd in (("shape", norm[1:].clone()), ("nan", norm * math.nan)):
+        save_file(weights | {"model.norm.weight": odd}, tmp_path / name / "model.safetensors", {"format": "pt"})
+    for name, word in (("missing", "model.layers.1.input_layernorm"), ("truncated", "cannot be loaded"),
+                       ("shape", "another shape: model.norm.weight"), ("nan", "logits are not finite")):
         with pytest.raises(ValueError, match=word):
-            policies.load_policy(tmp_path / name, VOCAB, torch.device("cpu"))
+            load_policy(tmp_path / name, VOCAB, torch.device("cpu"))
+    with pytest.raises(ValueError, match="385 tokens but embeddings for 384: resize"):  # met as an IndexError
+        load_policy(TINY, 385, torch.device("cpu"))
     with pytest.raises(ValueError, match="tokenizer"):
         data.load_tokenizer(tmp_path / "bare")
 
