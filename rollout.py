@@ -100,7 +100,7 @@ class Decoder:
             fit = max(1, int(np.searchsorted(ends, PREFILL_TOKENS, side="right")))
             part, names = names[:fit], names[fit:]
             batch = pack([Tree(contexts[name], [[0]]) for name in part], self.device)  # predicts one token
-            layout = Packed(batch.spans, self.policy.fused, self._store_contexts)
+            layout = Packed(batch, self.policy.kernel, self._store_contexts)
             states = self.policy.states(batch.input_ids, batch.position_ids, layout)
             logits.append(self.policy.logits(states[batch.index[:, 0]]))
             self.names += part
