@@ -24,7 +24,7 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # (start, P, stop, lengths): from `start` P context tokens, then suffixes of these lengths up to `stop`
 Span = tuple[int, int, int, list[int]]
-LOGITS_PER_CHUNK = 2**24  # float32 logits held at once, 64 MiB: the [R, S, V] tensor never exists
+LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # float32 logits held at once: [R, S, V] never exists
 
 
 @dataclass(frozen=True)
@@ -312,17 +312,19 @@ AttentionInterface.register("shared_prefix", _shared_prefix_attention)
 
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probs of targets and entropies, (N,) each, from states (N, hidden) and a head, `rows` at a time.
-    The backward pass computes the logits of a chunk again and turns them into their own gradient in place."""
+    Ids from vocab_size on have no probability, whether or not the head has `width` columns for more. dtype:
+    of the factors of products. The backward pass computes the logits of a chunk again and turns them into
+    their own gradient in place."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                targets: torch.Tensor, temperature: float, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        device = states.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        ctx.temperature, ctx.rows = temperature, rows
+                targets: torch.Tensor, temperature: float, vocab_size: int, width: int, dtype: torch.dtype,
+                rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.temperature, ctx.vocab_size, ctx.width, ctx.dtype = temperature, vocab_size, width, dtype
+        ctx.rows, cast = rows, weight[:width].to(dtype)  # once, not for every chunk
         logprobs, entropies, normalisers = [], [], []
-        for x, target in zip(states.split(rows), targets.split(rows)):
-            logits = _logits(x, weight, bias, ctx)
+        for x, target in zip(states.to(dtype).split(rows), targets.split(rows)):
+            logits = _logits(x, cast, bias, temperature)[:, :vocab_size]
             top = logits.amax(-1, keepdim=True)
             weights = logits.sub_(top).exp()
             total = weights.sum(-1)
@@ -338,27 +340,31 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
         states, weight, bias, targets, normalisers = ctx.saved_tensors
-        compute_weight, d_states = weight.to(ctx.dtype), torch.empty_like(states)
+        cast, inputs = weight[:ctx.width].to(ctx.dtype), states.to(ctx.dtype)
+        d_states = torch.empty_like(states)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(states), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = _logits(states[part], weight, bias, ctx)
+            logits = _logits(inputs[part], cast, bias, ctx.temperature)
+            logits[:, ctx.vocab_size:] = float("-inf")
             scale = grad[part, None] / ctx.temperature  # d logprob / d logits = onehot - softmax
             d_logits = logits.sub_(normalisers[part, None]).exp_().mul_(-scale).scatter_add_(
-                1, targets[part, None], scale).to(ctx.dtype)
-            d_states[part] = d_logits @ compute_weight
-            if d_weight is not None:
-                d_weight += d_logits.T @ states[part].to(ctx.dtype)
+                1, targets[part, None], scale)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        return d_states, d_weight, d_bias, None, None, None
+                d_bias[:ctx.width] += d_logits.sum(0)
+            d_logits = d_logits.to(ctx.dtype)
+            d_states[part] = d_logits @ cast
+            if d_weight is not None:
+                d_weight[:ctx.width] += product(d_logits.T, inputs[part])
+        return d_states, d_weight, d_bias, *[None] * 6
 
 
-def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ctx) -> torch.Tensor:
-    logits = F.linear(*(x if x is None else x.to(ctx.dtype) for x in (states, weight, bias)))
-    logits = logits.to(torch.promote_types(ctx.dtype, torch.float32))
-    return logits if ctx.temperature == 1 else logits.div_(ctx.temperature)
+def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+            temperature: float = 1.0) -> torch.Tensor:
+    logits = product(states, weight.T)
+    logits = logits if bias is None else logits.add_(bias[:len(weight)])
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class Policy(torch.nn.Module):
@@ -379,7 +385,7 @@ class Policy(torch.nn.Module):
             say_once(f"attention in the update is slower, without the fused kernel: on {model.device} in "
                      f"{dtype}, {error}")
             self.kernel = PLAIN
-        self.logits_per_chunk = LOGITS_PER_CHUNK
+        self.logits_per_chunk = LOGITS_PER_CHUNK["cpu" if self.fused else "cuda"]
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -393,6 +399,11 @@ class Policy(torch.nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Of the factors of logits: on CUDA that of computation, whose products are float32 anyway."""
+        return torch.promote_types(self.model.dtype, torch.float32) if self.fused else self.dtype
+
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -402,12 +413,11 @@ class Policy(torch.nn.Module):
         """
         with self.autocast():
             states = self.states(batch.input_ids, batch.position_ids, Packed(batch, self.kernel))
-            head = self.model.get_output_embeddings()
-            weight, bias = (x if x is None or self.vocab_size == len(x) else x[:self.vocab_size]
-                            for x in (head.weight, head.bias))
-            logprobs, entropy = _TokenLogprobs.apply(
-                states[batch.index[batch.mask]], weight, bias, batch.targets[batch.mask], temperature,
-                max(1, self.logits_per_chunk // len(weight)))
+        head = self.model.get_output_embeddings()
+        width = self.vocab_size if self.fused else len(head.weight)  # an odd one makes products slow on CUDA
+        logprobs, entropy = _TokenLogprobs.apply(
+            states[batch.index[batch.mask]], head.weight, head.bias, batch.targets[batch.mask], temperature,
+            self.vocab_size, width, self.head_dtype, max(1, self.logits_per_chunk // width))
         zeros = logprobs.new_zeros(batch.mask.shape)
         return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropy)
 
@@ -419,8 +429,12 @@ class Policy(torch.nn.Module):
         return out.last_hidden_state.flatten(0, 1)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """states (n, hidden) -> (n, V), padded embedding rows included."""
-        return self.model.get_output_embeddings()(states)
+        """states (n, hidden) -> (n, V) float32, padded embedding rows included."""
+        head, dtype = self.model.get_output_embeddings(), self.head_dtype
+        if head.weight.dtype == dtype and dtype.itemsize >= 4:
+            with torch.autocast(self.device.type, enabled=False):
+                return head(states.to(dtype))  # by its forward, which rollout.py:packed_weights replaces
+        return _logits(states.to(dtype), head.weight.to(dtype), head.bias)
 
     @torch.no_grad()
     def _verify(self) -> None:
@@ -439,8 +453,8 @@ class Policy(torch.nn.Module):
             self.train()  # in which dropout would act
             states = self.states(batch.input_ids, batch.position_ids, Packed(batch, PLAIN))
             self.eval()
-            if torch.allclose(self.logits(states[batch.index[:, -1]]), plain, rtol=1e-3,
-                              atol=1e-3 * float(plain.abs().max())):
+            logits = self.model.get_output_embeddings()(states[batch.index[:, -1]])
+            if torch.allclose(logits, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
                 return
         except Exception as reason:  # whatever a foreign architecture raises
             error = str(reason) if isinstance(reason, ValueError) else repr(reason)

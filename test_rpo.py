@@ -398,37 +398,61 @@ def test_logprobs_and_gradients_equal_full_sequence_forwards(kind, dtype, bound)
 
 
 class Shapes(TorchDispatchMode):
-    """Notes the shape of every tensor that is made in this context."""
+    """Notes the shape of every tensor that is made in this context, and of those that are casts."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         self.seen = getattr(self, "seen", set()) | {tuple(getattr(out, "shape", ()))}
+        if function is torch.ops.aten._to_copy.default:
+            self.casts = [*getattr(self, "casts", []), tuple(out.shape)]
         return out
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(bias):
+@pytest.mark.parametrize("width", [18, 20])  # 2 of the 20 rows are padding, left out on a CPU only
+def test_logprobs_entropies_and_gradients_of_the_head_are_those_of_log_softmax(width, bias):
     generator = torch.Generator().manual_seed(0)
     states, weight, offset = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
                               for shape in ((13, 8), (20, 8), (20,)))
     targets, upstream = torch.arange(13), torch.randn(13, generator=generator, dtype=torch.float64)
-    plain = ((states @ weight.T + (offset if bias else 0)) / 0.7).log_softmax(-1)
+    plain = ((states @ weight.T + (offset if bias else 0))[:, :18] / 0.7).log_softmax(-1)
     want = torch.autograd.grad((plain[range(13), targets] * upstream).sum(),
                                (states, weight, offset)[:2 + bias])
+
+    def head(weight: torch.Tensor, offset: torch.Tensor, rows: int, dtype=torch.float64) -> tuple:
+        return policies._TokenLogprobs.apply(states, weight, offset if bias else None, targets, 0.7, 18,
+                                             width, dtype, rows)
     for rows in (1, 5, 100):
-        got, entropy = policies._TokenLogprobs.apply(states, weight, offset if bias else None, targets, 0.7,
-                                                     rows)
+        got, entropy = head(weight, offset, rows)
         assert torch.allclose(got, plain[range(13), targets], rtol=1e-12)
         assert torch.allclose(entropy, -(plain.exp() * plain).sum(-1), rtol=1e-12)
         assert not entropy.requires_grad
         grads = torch.autograd.grad((got * upstream).sum(), (states, weight, offset)[:2 + bias])
         assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-13) for a, b in zip(grads, want))
-    frozen = [x.detach() for x in (weight, offset)]
-    got, _ = policies._TokenLogprobs.apply(states, frozen[0], frozen[1] if bias else None, targets, 0.7, 5)
+    got, _ = head(weight.detach(), offset.detach(), 5)
     with Shapes() as shapes:
         (got * upstream).sum().backward()
     assert torch.allclose(states.grad, want[0], rtol=1e-10, atol=1e-13)
-    assert not shapes.seen & {(20, 8), (20,)}  # no gradient of the head is made
+    assert width == 20 or not shapes.seen & {(20, 8), (20,)}  # no gradient of a frozen head is made
+    # products of bfloat16 factors are float32; the factors are rounded once a call, not once a chunk
+    x, w = (t.detach().bfloat16().double() for t in (states, weight))
+    exact = ((x @ w.T + (offset if bias else 0))[:, :18] / 0.7).log_softmax(-1)[range(13), targets]
+    with Shapes() as shapes:
+        got, _ = head(weight, offset, 1, torch.bfloat16)
+    assert torch.allclose(got.double(), exact, atol=1e-5) and shapes.casts.count((width, 8)) == 1
+
+
+def test_scores_and_logits_are_float32_before_the_softmax():
+    """Scores rounded to bfloat16 made the sampling gap 7 times as large."""
+    policy, generator = Policy(random_model("Qwen2"), VOCAB, torch.bfloat16), torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 5, 8, generator=generator).bfloat16() * 4 for heads in (4, 2))
+    states = torch.randn(3, 32, generator=generator)
+    with policy.autocast():
+        _, lse = policies.partial_attention(query, key, key, 0.3, None, False)
+        logits = policy.logits(states)
+    scores = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.3
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-6)
+    assert torch.allclose(logits, states @ policy.model.lm_head.weight.T, rtol=1e-5)
 
 
 def test_logits_in_chunks_give_the_same_gradient_and_are_never_all_there():
