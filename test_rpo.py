@@ -192,8 +192,10 @@ def test_out_of_memory_while_sampling_halves_the_memory_and_keeps_what_is_finish
 
 def test_slots_and_bytes_by_hand():
     # a token: keys and values of 3 layers, 2 heads of 8, 4 bytes: 384; logits of 64 ids: 256 bytes a copy
-    context, rows = rollout.group_bytes(random_model("Qwen2").config, 10, 5, 4)
+    context, rows = rollout.group_bytes(random_model("Qwen2").config, 10, 5, 4, torch.float32)
     assert (context, rows) == (10 * 384 + 256, 4 * (5 * 384 + 4 * 256))
+    half = rollout.group_bytes(random_model("Qwen2").config, 10, 5, 4, torch.bfloat16)
+    assert half == (10 * 192 + 256, 4 * (5 * 192 + 4 * 256))
     gib = (3 * context + rows) / 2**30
     assert rollout.slots(context, rows, 4, 2.5 * gib) == (6, 8)  # two groups; three contexts each
     assert rollout.slots(context, rows, 4, 0.99 * gib) == (1, 4)
@@ -2143,7 +2145,8 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
     (["--model", "Unheard-of"], "Unheard-of"), (["--updates-per-rollout", "4"], "--updates-per-rollout"),
     (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
     (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args"),
-    (["--algo", "ppo"], "ppo"), (["--grad-clip", "2"], "--grad-clip")])
+    (["--algo", "ppo"], "ppo"), (["--grad-clip", "2"], "--grad-clip"),
+    (["--optimizer", "adamw8bit"], "pip install bitsandbytes"), (["--dry-run", "-2"], "--dry-run")])
 def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no model of that name is asked for
     out = tmp_path / "out"
@@ -2168,6 +2171,44 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**6}))
     assert "not enough disk" in expect_error(capsys, out)
     assert not out.exists()
+
+
+def qwen_1_5b() -> transformers.Qwen2Config:
+    """The published sizes of Qwen2.5-1.5B: 1,543,714,304 parameters."""
+    return transformers.Qwen2Config(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, vocab_size=151936, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True)
+
+
+def test_a_card_that_is_too_small_is_told_before_the_weights_are_loaded():
+    """On 24 GB a run once ended with advice that could not help: 16 bytes per parameter are 24.7 GB."""
+    config = train.parse_config(["--tokens-per-forward", "4096"])
+    with pytest.raises(ValueError, match="24.7 GB.* 24.0.*--optimizer adamw8bit"):
+        train.check_fits(config, qwen_1_5b(), "cuda", 24e9)
+    train.check_fits(config, qwen_1_5b(), "cuda", 80e9)
+    train.check_fits(replace(config, optimizer="adamw8bit"), qwen_1_5b(), "cuda", 24e9)
+
+
+def test_the_memory_plan_by_hand():
+    n, config = 1_543_714_304, train.parse_config(["--rollout-memory", "4"])
+    rolling, updating = train.memory_plan(config, qwen_1_5b(), "cuda", 80e9)
+    assert (updating["weights"], updating["gradients"], updating["optimiser states"]) == (4 * n, 4 * n, 8 * n)
+    assert rolling["copy of the weights for decoding"] == 2 * n
+    assert rolling["keys, values, logits"] == 4 * 2**30
+    assert updating["activations"] == 16384 * 28 * 1536 * 4  # what goes from layer to layer, float32
+    assert updating["gradient of the head"] == 151936 * 1536 * 6  # and the bfloat16 head
+    shared, _ = train.memory_plan(config, qwen_1_5b(), "cuda", 80e9, shards=8)
+    assert (shared["weights"], shared["optimiser states"]) == (n / 2, n)
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    qwen_1_5b().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    assert train.main(["--model", str(tmp_path / "model"), "--out", str(out), "--dry-run", "24"]) == 0
+    text = capsys.readouterr().out
+    assert "fits with --optimizer adamw8bit" in text and "| weights | 6.17 | 6.17 |" in text
+    assert "about 76,800" in text and not out.exists()  # 64 problems, 8 suffixes of 150
 
 
 FLOORS = [{"answers", "cache", "data"}, {"policy", "rewards"}, {"rollout", "rpo"}, {"eval"}, {"train"}]
