@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig,
+                          PreTrainedModel)
 
 from data import say_once
 
@@ -462,16 +463,29 @@ class Policy(torch.nn.Module):
                          "full causal attention and a plain output layer can, such as Llama, Qwen2 and Qwen3")
 
 
+@contextlib.contextmanager
+def _loading(folder: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"--model: {folder} cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def load_shape(folder: str | Path) -> PreTrainedModel:
+    """The model in `folder` without weights, from its config alone. Raises ValueError."""
+    with _loading(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
                 dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
     """The causal language model in `folder` (safetensors only), computing in `dtype`.
     weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
     are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
-    try:
+    with _loading(folder):
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                            trust_remote_code=False, output_loading_info=True)
-    except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"--model: {folder} cannot be loaded ({type(error).__name__}: {error})") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"--model: {folder} lacks weights, which would be random: {', '.join(missing[:9])}")
     return Policy(model.to(device), vocab_size, dtype).to(weights)

@@ -2173,11 +2173,12 @@ def test_broken_data_folders_and_disks_are_named(tmp_path, capsys, monkeypatch):
     assert not out.exists()
 
 
-def qwen_1_5b() -> transformers.Qwen2Config:
-    """The published sizes of Qwen2.5-1.5B: 1,543,714,304 parameters."""
-    return transformers.Qwen2Config(
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, vocab_size=151936, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True)
+def qwen_1_5b() -> PreTrainedModel:
+    """The published sizes of Qwen2.5-1.5B, without weights: 1,543,714,304 parameters."""
+    with torch.device("meta"):
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, vocab_size=151936,
+            num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True))
 
 
 def test_a_card_that_is_too_small_is_told_before_the_weights_are_loaded():
@@ -2203,7 +2204,7 @@ def test_the_memory_plan_by_hand():
 
 def test_a_dry_run_needs_no_weights_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "model").mkdir()
-    qwen_1_5b().save_pretrained(tmp_path / "model")
+    qwen_1_5b().config.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     assert train.main(["--model", str(tmp_path / "model"), "--out", str(out), "--dry-run", "24"]) == 0
     text = capsys.readouterr().out

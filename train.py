@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 import answers
 import cache
@@ -51,7 +51,7 @@ import rollout
 import rpo
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import LOGITS_PER_CHUNK, Policy, Tree, head_shape, load_policy
+from policy import LOGITS_PER_CHUNK, Policy, Tree, head_shape, load_policy, load_shape
 from rewards import Group
 
 
@@ -395,12 +395,16 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
     """clock: at the start of the step, after its rollout and after its update."""
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
     return {"tokens/generated": state.tokens_generated, "tokens/full_path": state.tokens_full_path,
             "tokens/per_s": (state.tokens_generated - before.tokens_generated) / (clock[1] - clock[0]),
             "time/rollout_s": clock[1] - clock[0], "time/update_s": clock[2] - clock[1],
             "memory/peak_gib": peak / 2**30}
+
+
+def peak_rss() -> int:
+    """Most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def warn_once(metrics: dict[str, float], warned: frozenset[str]) -> frozenset[str]:
@@ -580,7 +584,7 @@ def prepare(c: Config) -> tuple[object, tuple]:
     rule = rewards.RewardRule(answers.Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
     device, vocab_size = device_of(c), len(task.tokenizer)
     dtype = dtype_of(c, device.type)
-    check_fits(c, AutoConfig.from_pretrained(folder), device.type, device_bytes(device))
+    check_fits(c, load_shape(folder), device.type, device_bytes(device))
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
     check_size(c, out, policy)
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
@@ -665,21 +669,19 @@ def dtype_of(c: Config, device: str) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
-def memory_plan(c: Config, config: PreTrainedConfig, device: str, total: float,
+def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
                 shards: int = 1) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes by item at the peak of the rollout and at that of the update, on a cpu or cuda of `total` bytes.
-    From the model's config alone, for the longest prompts and responses and for full micro-batches. shards:
-    how many devices share weights, gradients, states and problems."""
-    with torch.device("meta"):  # without weights
-        model = AutoModelForCausalLM.from_config(config)
-    n, dtype, problems = model.num_parameters(), dtype_of(c, device), c.problems_per_step / shards
+    For the longest prompts and responses and full micro-batches. model: needs no weights. shards: how many
+    devices share weights, gradients, states and problems."""
+    config, n, dtype = model.config, model.num_parameters(), dtype_of(c, device)
     hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    problems = c.problems_per_step / shards
     size, longest, (heads, kv_heads, dim) = dtype.itemsize, c.max_prompt + c.max_response, head_shape(config)
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
     held = {"weights": 4 * n / shards, "optimiser states": OPTIMIZER_BYTES[c.optimizer] * n / shards,
-            "initial policy": size * n * (c.kl_coef > 0),
-            "process": 5e8 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            "initial policy": size * n * (c.kl_coef > 0), "process": 5e8 if device == "cuda" else peak_rss()}
     copies = 2 * n if device == "cuda" else 4 * sum(x for x in matrices if x >= 2**18) * (size == 4)
     left = 0.8 * (total - sum(held.values()) - copies) if device == "cuda" else total / 4
     group, first = (sum(rollout.group_bytes(config, *lens, dtype)) for lens in (
@@ -701,32 +703,32 @@ def memory_plan(c: Config, config: PreTrainedConfig, device: str, total: float,
              "backward of a layer, or logits": backward})
 
 
-def what_fits(c: Config, config: PreTrainedConfig, device: str, total: float, shards: int = 1) -> str:
+def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shards: int = 1) -> str:
     """Does the plan fit, or with which options would it?"""
     choices = [replace(c, optimizer=name, tokens_per_forward=c.tokens_per_forward // 2**i)
                for name in dict.fromkeys((c.optimizer, "adamw8bit")) for i in range(5)]
     for other in choices:
-        if max(sum(x.values()) for x in memory_plan(other, config, device, total, shards)) <= 0.97 * total:
+        if max(sum(x.values()) for x in memory_plan(other, model, device, total, shards)) <= 0.97 * total:
             return "fits" if other is choices[0] else \
                 f"fits with --optimizer {other.optimizer} --tokens-per-forward {other.tokens_per_forward}"
     return "does not fit: take a smaller model"
 
 
-def check_fits(c: Config, config: PreTrainedConfig, device: str, total: float) -> None:
+def check_fits(c: Config, model: PreTrainedModel, device: str, total: float) -> None:
     """Raises ValueError where weights, gradients and optimiser states alone are too large for the device."""
-    plan = memory_plan(c, config, device, total)[1]
+    plan = memory_plan(c, model, device, total)[1]
     need = plan["weights"] + plan["gradients"] + plan["optimiser states"]
     if need > total:
         raise ValueError(f"--model {c.model}: weights, gradients and optimiser states take {need / 1e9:.1f} "
-                         f"GB, this {device} has {total / 1e9:.1f}: {what_fits(c, config, device, total)}")
+                         f"GB, this {device} has {total / 1e9:.1f}: {what_fits(c, model, device, total)}")
 
 
 def dry_run(c: Config) -> str:
     """What a run would need, as a table."""
-    config, device = AutoConfig.from_pretrained(data.find_model(c.model, weights=False)), device_of(c)
+    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c)
     kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run > 0 else (device.type, device_bytes(device))
     shards = int(os.environ.get("WORLD_SIZE", 1))
-    plans = memory_plan(c, config, kind, total, shards)
+    plans = memory_plan(c, model, kind, total, shards)
     names = [name for name, size in (plans[0] | plans[1]).items() if size]
     plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
     table = [(name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans))
@@ -734,7 +736,7 @@ def dry_run(c: Config) -> str:
     cut = cache.parse_max_cut(c.max_cut) * (c.max_response if "." in c.max_cut else 1)
     stretch = c.cut_tail / (c.cut_tail - 1) if c.cut_tail > 1 else math.inf if c.cut_tail else 1  # its mean
     suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2 * stretch)
-    rows, fits = c.problems_per_step * c.group_size, what_fits(c, config, kind, total, shards)
+    rows, fits = c.problems_per_step * c.group_size, what_fits(c, model, kind, total, shards)
     return "\n".join([
         f"{c.model} on {shards} {kind} of {total / 1e9:.1f} GB: {fits}", "",
         *(f"| {' | '.join(row)} |" for row in (("GB", "rollout", "update"), ["---"] * 3, *table)), "",
