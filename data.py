@@ -181,9 +181,10 @@ def _download(source: str, option: str) -> list[Path]:
                          f"({_reason(error)})") from error
 
 
-def find_model(name: str) -> Path:
+def find_model(name: str, weights: bool = True) -> Path:
     """Folder of a model: a local folder, a hub id (owner/name), or a short name such as Qwen2.5-Math-1.5B.
-    Downloads it if need be. Raises ValueError saying what was tried, or what the folder lacks."""
+    Downloads it if need be, or without `weights` its config only. Raises ValueError saying what was tried, or
+    what the folder lacks."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         owner = next((o for start, o in ORGANISATIONS.items() if name.startswith(start)), "")
@@ -192,14 +193,14 @@ def find_model(name: str) -> Path:
             raise ValueError(f"--model {name}: no such folder, and not a short name (those begin with "
                              f"{', '.join(ORGANISATIONS)}); give a folder or a hub id owner/name")
         try:
-            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES,
+            folder = Path(snapshot_download(repo, allow_patterns=MODEL_FILES if weights else ["config.json"],
                                             ignore_patterns=["*/*", "consolidated*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise ValueError(f"--model {name}: no such folder, and downloading {repo} from the hub failed "
                              f"({_reason(error)})") from error
     if not (folder / "config.json").exists():
         raise ValueError(f"--model {name}: {folder} has no config.json, so it is not a model folder")
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise ValueError(f"--model {name}: {folder} has no weights (*.safetensors)")
     return folder
 

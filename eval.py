@@ -202,7 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--instruction-role", choices=("system", "user"), default="system")
     add("--template-args", default="", help="JSON for the chat template, as in train.py")
     add("--memory", type=float, default=0.0,
-        help="GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
+        help="GiB for keys and values; 0: 0.8 of a free GPU, 1/4 of a CPU's")
     add("--seed", type=int, default=0)
     add("--out", help="folder of results.json and the responses; a killed evaluation in it goes on")
     add("--compare", nargs=2, metavar="RESULTS", help="two results.json: paired differences, second - first")

@@ -5,22 +5,27 @@ V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig,
+                          PreTrainedModel)
 
 from data import say_once
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-Span = tuple[int, int, int, int]  # (start, P, G, S): P context tokens, then G * S suffix tokens
-LOGITS_PER_CHUNK = 2**24  # float32 logits held at once, 64 MiB: the [R, S, V] tensor never exists
+# (start, P, stop, lengths): from `start` P context tokens, then suffixes of these lengths up to `stop`
+Span = tuple[int, int, int, list[int]]
+LOGITS_PER_CHUNK = {"cpu": 2**24, "cuda": 2**28}  # float32 logits held at once: [R, S, V] never exists
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,24 @@ class Tree:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """How a row of queries and a row of keys are cut: a part of the one attends to its part of the other."""
+    query_lens: list[int]
+    key_lens: list[int]
+    causal: bool
+    device: torch.device
+
+    @functools.cached_property
+    def varlen(self) -> tuple:
+        """Arguments of CUDA's kernels: where the parts begin, the longest, no dropout."""
+        ends = [torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=self.device)
+                for lens in (self.query_lens, self.key_lens)]
+        return *ends, max(self.query_lens), max(self.key_lens), 0.0, self.causal
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Trees packed into one row of N tokens. R rows are suffixes, ragged ones right-padded to S."""
+    """Trees packed into one row of N tokens. R rows are suffixes, right-padded to S."""
     spans: list[Span]
     input_ids: torch.Tensor  # (1, N) int64
     position_ids: torch.Tensor  # (1, N) int64
@@ -45,23 +66,38 @@ class Batch:
     targets: torch.Tensor  # (R, S) int64: the suffix tokens
     mask: torch.Tensor  # (R, S) bool, from lengths: a sampled EOS is trained, padding is not
 
+    @functools.cached_property
+    def segments(self) -> tuple[Segments, Segments, torch.Tensor, torch.Tensor]:
+        """(contexts and suffixes, each within itself; the suffixes of a tree within its context; where in the
+        row these suffixes, and these contexts, are)."""
+        device, shared = self.input_ids.device, [span for span in self.spans if span[3]]
+        lens = [n for _, p, _, suffixes in self.spans for n in (p, *suffixes)]
+        suffix = [i for start, p, stop, _ in shared for i in range(start + p, stop)]
+        context = [i for start, p, _, _ in shared for i in range(start, start + p)]
+        return (Segments(lens, lens, True, device),
+                Segments([sum(x[3]) for x in shared], [x[1] for x in shared], False, device),
+                *(torch.tensor(x, dtype=torch.long, device=device) for x in (suffix, context)))
 
-def pack(trees: Sequence[Tree], device: torch.device | str = "cpu") -> Batch:
-    """Trees as one Batch: each context, then its suffixes one by one."""
+
+def pack(trees: Sequence[Tree], device: torch.device | str = "cpu", ragged: bool | None = None) -> Batch:
+    """Trees as one Batch: each context, then its suffixes one by one.
+    ragged: suffixes keep their lengths; else those of a tree are padded to its longest, which makes them one
+    batch for the kernels of a CPU. None: not on a CPU."""
     ids: list[int] = []
     positions: list[int] = []
     spans, index, targets = [], [], []
+    ragged = torch.device(device).type != "cpu" if ragged is None else ragged
     for tree in trees:
         start, p, s = len(ids), len(tree.context), max(map(len, tree.suffixes)) - 1
-        spans.append((start, p, len(tree.suffixes), s))
+        lens = [len(suffix) - 1 if ragged else s for suffix in tree.suffixes]
         ids += tree.context
         positions += range(p)
-        for row, suffix in enumerate(tree.suffixes):
-            block = start + p + row * s
-            ids += suffix[:-1] + [suffix[0]] * (s + 1 - len(suffix))  # any id will do as padding
-            positions += range(p, p + s)
-            index.append([start + p - 1, *range(block, block + len(suffix) - 1)])
+        for suffix, n in zip(tree.suffixes, lens):
+            index.append([start + p - 1, *range(len(ids), len(ids) + len(suffix) - 1)])
+            ids += suffix[:-1] + [suffix[0]] * (n + 1 - len(suffix))  # any id will do as padding
+            positions += range(p, p + n)
             targets.append(suffix)
+        spans.append((start, p, len(ids), [n for n in lens if n]))
     return Batch(spans, torch.tensor([ids], device=device), torch.tensor([positions], device=device),
                  padded(index, torch.long, device), padded(targets, torch.long, device),
                  padded([[True] * len(t) for t in targets], torch.bool, device))
@@ -73,33 +109,14 @@ def padded(rows: Sequence[Sequence], dtype: torch.dtype, device: torch.device | 
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype, device=device)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Attention within a packed row: a context attends causally to itself, a suffix to its context and
-    causally to itself, nothing crosses trees. [RPO-2]
-    So a context is computed once for all its suffixes, with gradient, and the only padding is the tails of
-    the shorter suffixes of a tree."""
-    spans: list[Span]
-    fused: bool  # by the CPU's fused kernels, else with a copy of the context for every suffix
-    # for decoding, called in every layer: spans, layer, keys and values (1, H_kv, N, D)
-    store: Callable[[list[Span], int, torch.Tensor, torch.Tensor], None] | None = None
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-               scaling: float) -> torch.Tensor:
-        """query (1, H, N, D), key and value (1, H_kv, N, D) -> (1, N, H, D)."""
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves float32 behind
-        if self.store is not None:
-            self.store(self.spans, layer, key, value)
-        parts = []
-        for start, p, g, s in self.spans:
-            q, k, v = (x[:, :, start:start + p] for x in (query, key, value))
-            parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
-                                                        enable_gqa=True))
-            if g * s:
-                own = (x[:, :, start + p:start + p + g * s] for x in (query, key, value))
-                attend = _SplitAttention.apply if self.fused else _attend_copies
-                parts.append(attend(*own, k, v, g, scaling))
-        return torch.cat(parts, dim=2).transpose(1, 2)
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in at least float32, also of bfloat16 factors and within autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype == b.dtype in (torch.bfloat16, torch.float16):
+            factors = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+            return torch.bmm(*factors, out_dtype=torch.float32).view(*a.shape[:-1], b.shape[-1])
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return a.to(dtype) @ b.to(dtype)
 
 
 def partial_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float,
@@ -108,8 +125,7 @@ def partial_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     query (B, H, T, D), key and value (B, H_kv, P, D), mask added to the scores -> (B, H, T, D), (B, H, T)."""
     if fused:
         return _FLASH(query, key, value, attn_mask=mask, scale=scaling)
-    folded = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # the heads that share keys: one product
-    scores = (folded * scaling @ key.transpose(-1, -2)).float()
+    scores = product(_fold(query, key), key.mT) * scaling
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp()
@@ -123,53 +139,158 @@ def merge_attention(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tenso
     return torch.lerp(out_a.to(share.dtype), out_b.to(share.dtype), share)
 
 
-def _rows(x: torch.Tensor, g: int) -> torch.Tensor:
-    """Suffixes as a batch: (1, heads, G*S, ...) -> (G, heads, S, ...)."""
-    return x[0].unflatten(1, (g, -1)).transpose(0, 1)
+class Kernel(NamedTuple):
+    """Attention within Segments. query, out (T, H, D), key, value (P, H_kv, D), lse (T, H): the log-sum-exp
+    of the scores. With out and lse over more keys, `backward` gives these keys' exact share of the gradient.
+    """
+    forward: Callable  # (segments, scaling, query, key, value) -> out, lse
+    backward: Callable  # (segments, scaling, query, key, value, out, lse, d_out) -> d_query, d_key, d_value
 
 
-def _row(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of _rows."""
-    return x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+def _varlen_forward(op: Callable, segments: Segments, scaling: float,
+                    *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = op(*tensors, *segments.varlen, False, scale=scaling)
+    return out, lse.T
 
 
-class _SplitAttention(torch.autograd.Function):
-    """Attention of G suffixes to their one context and causally to themselves; the context is not copied.
-    query (1, H, G*S, D), key and value (1, H_kv, G*S, D), those of the context (1, H_kv, P, D)
-    -> (1, H, G*S, D). Two fused calls, merged by log-sum-exp (arXiv 2402.05099). The backward of each call,
-    given the merged output and log-sum-exp, is its exact share of the gradient. CPU only."""
+def _varlen_backward(op: Callable, segments: Segments, scaling: float, query: torch.Tensor, key: torch.Tensor,
+                     value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+                     d_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout: not read
+    return op(d_out.contiguous(), query, key, value, out, lse.T.contiguous(), *segments.varlen,
+              seed, seed[:0], scale=scaling)
+
+
+def _in_batches(attend: Callable, segments: Segments, scaling: float,
+                *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """A kernel from `attend`, which takes and gives (n, heads, T, ...): parts of equal lengths in a row."""
+    results, starts = [], [0, 0]
+    for lens, run in groupby(zip(segments.query_lens, segments.key_lens)):
+        n = len(list(run))
+        sizes = [n * length for length in lens]
+        batch = [x.narrow(0, starts[i], sizes[i]).unflatten(0, (n, -1)).transpose(1, 2)
+                 for x, i in zip(tensors, (0, 1, 1, 0, 0, 0))]  # key and value come second and third
+        starts = [start + size for start, size in zip(starts, sizes)]
+        results.append([x.transpose(1, 2).flatten(0, 1) for x in attend(segments.causal, scaling, *batch)])
+    return [torch.cat(parts) for parts in zip(*results)]
+
+
+def _fold(x: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The heads that share keys as rows of one product: (B, H, T, ...) -> (B, H_kv, H / H_kv * T, ...)."""
+    return x.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+
+
+def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """For folded heads: (H / H_kv * T, T)."""
+    mask = query.new_full((query.shape[2], key.shape[2]), float("-inf")).triu(1)
+    return mask.repeat(query.shape[1] // key.shape[1], 1)
+
+
+def _plain_forward(causal: bool, scaling: float, query: torch.Tensor, key: torch.Tensor,
+                   value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return partial_attention(query, key, value, scaling, _causal_mask(query, key) if causal else None, False)
+
+
+def _plain_backward(causal: bool, scaling: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q, grad, lse, delta = (_fold(x, key) for x in (query, d_out, lse, (d_out.to(lse.dtype) * out).sum(-1)))
+    scores = product(q, key.mT) * scaling + (_causal_mask(query, key) if causal else 0)
+    weights = (scores - lse[..., None]).exp()
+    d_scores = (weights * (product(grad, value.mT) - delta[..., None]) * scaling).to(key.dtype)
+    return (product(d_scores, key).view(query.shape), product(d_scores.mT, q),
+            product(weights.to(grad.dtype).mT, grad))
+
+
+CUDA = Kernel(partial(_varlen_forward, torch.ops.aten._flash_attention_forward),  # of bfloat16 and float16
+              partial(_varlen_backward, torch.ops.aten._flash_attention_backward))
+CPU = Kernel(partial(_in_batches, lambda causal, scale, *x: _FLASH(*x, is_causal=causal, scale=scale)),
+             partial(_in_batches, lambda causal, scale, *x: _FLASH_BACKWARD(x[-1], *x[:-1], 0.0, causal,
+                                                                            scale=scale)))
+PLAIN = Kernel(partial(_in_batches, _plain_forward), partial(_in_batches, _plain_backward))  # slow, anywhere
+
+
+class _TreeAttention(torch.autograd.Function):
+    """query (N, H, D), key and value (N, H_kv, D) -> (N, H, D). Two calls of a kernel, each token within its
+    own segment and the suffixes within their context, merged by log-sum-exp (arXiv 2402.05099)."""
 
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
-                context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
-        shared, lse = _FLASH(query, context_key, context_value, scale=scaling)
-        own = _FLASH(*(_rows(x, g) for x in (query, key, value)), is_causal=True, scale=scaling)
-        own, own_lse = map(_row, own)
-        out = merge_attention(shared, lse, own, own_lse).to(query.dtype)
-        lse = torch.logaddexp(lse, own_lse)
-        ctx.save_for_backward(query, key, value, context_key, context_value, out, lse)
-        ctx.g, ctx.scaling = g, scaling
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: Batch,
+                kernel: Kernel, scaling: float) -> torch.Tensor:
+        own, shared, suffix, context = batch.segments
+        out, lse = kernel.forward(own, scaling, query, key, value)
+        if len(suffix):
+            part, part_lse = kernel.forward(shared, scaling, query[suffix], key[context], value[context])
+            own_lse = lse[suffix]
+            out[suffix] = merge_attention(part, part_lse, out[suffix], own_lse).to(out.dtype)
+            lse[suffix] = torch.logaddexp(part_lse, own_lse)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.batch, ctx.kernel, ctx.scaling = batch, kernel, scaling
         return out
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, context_key, context_value, out, lse = ctx.saved_tensors
-        dq, d_context_key, d_context_value = _FLASH_BACKWARD(
-            grad, query, context_key, context_value, out, lse, 0.0, False, scale=ctx.scaling)
-        rows = [_rows(x, ctx.g) for x in (grad, query, key, value, out, lse)]
-        own_dq, dk, dv = map(_row, _FLASH_BACKWARD(*rows, 0.0, True, scale=ctx.scaling))
-        return dq + own_dq, dk, dv, d_context_key, d_context_value, None, None
+        (query, key, value, out, lse), kernel = ctx.saved_tensors, ctx.kernel
+        own, shared, suffix, context = ctx.batch.segments
+        grads = kernel.backward(own, ctx.scaling, query, key, value, out, lse, grad)
+        if len(suffix):
+            parts = kernel.backward(shared, ctx.scaling, query[suffix], key[context], value[context],
+                                    out[suffix], lse[suffix], grad[suffix])
+            for whole, part, where in zip(grads, parts, (suffix, context, context)):
+                whole[where] += part
+        return *grads, None, None, None
 
 
-def _attend_copies(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context_key: torch.Tensor,
-                   context_value: torch.Tensor, g: int, scaling: float) -> torch.Tensor:
-    """The same on other devices, whose fused kernels need a copy of the context for every suffix."""
-    query, key, value = (_rows(x, g) for x in (query, key, value))
-    key = torch.cat([context_key.expand(g, -1, -1, -1), key], dim=2)
-    value = torch.cat([context_value.expand(g, -1, -1, -1), value], dim=2)
-    mask = causal_lower_right(query.shape[2], key.shape[2])
-    return _row(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                               enable_gqa=True))
+@dataclass(frozen=True)
+class Packed:
+    """Attention within a packed row: a context attends causally to itself, a suffix to its context and
+    causally to itself, nothing crosses trees. [RPO-2]
+    So a context is computed once for all its suffixes, with gradient."""
+    batch: Batch
+    kernel: Kernel
+    # for decoding, called in every layer: spans, layer, keys and values (1, H_kv, N, D)
+    store: Callable[[list[Span], int, torch.Tensor, torch.Tensor], None] | None = None
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+               scaling: float) -> torch.Tensor:
+        """query (1, H, N, D), key and value (1, H_kv, N, D) -> (1, N, H, D)."""
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a norm leaves float32 behind
+        if self.store is not None:
+            self.store(self.batch.spans, layer, key, value)
+        row = (x[0].transpose(0, 1) for x in (query, key, value))
+        return _TreeAttention.apply(*row, self.batch, self.kernel, scaling)[None]
+
+
+def head_shape(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """(heads, heads of keys and values, dimension of a head)."""
+    heads = config.num_attention_heads
+    return (heads, getattr(config, "num_key_value_heads", None) or heads,
+            getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def kernel_error(kernel: Kernel, heads: int, kv_heads: int, dim: int, dtype: torch.dtype,
+                 device: torch.device) -> str:
+    """What is wrong with its attention and gradient, compared with a dense float64 mask; "" if nothing."""
+    trees = [Tree([0] * p, [[0] * (s + 1)] * g) for p, g, s in ((37, 3, 11), (150, 2, 129), (5, 1, 0))]
+    batch, generator, results = pack(trees, device), torch.Generator().manual_seed(0), []
+    n = batch.input_ids.numel()
+    sizes = ((heads, n, dim), (kv_heads, n, dim), (kv_heads, n, dim), (n, heads, dim))
+    *leaves, grad = (torch.randn(1, *size, generator=generator).to(device, dtype) for size in sizes)
+    mask = torch.zeros(n, n, dtype=torch.bool, device=device)
+    for start, p, stop, lens in batch.spans:
+        mask[start:stop, start:start + p] = True
+        for end, length in zip(accumulate(lens, initial=start + p), lens):
+            mask[end:end + length, end:end + length] = True
+    try:
+        for exact in (False, True):
+            inputs = [x.to(torch.float64 if exact else dtype, copy=True).requires_grad_() for x in leaves]
+            out = Packed(batch, kernel).attend(0, *inputs, dim ** -0.5) if not exact else \
+                F.scaled_dot_product_attention(*inputs, mask.tril(), enable_gqa=True).transpose(1, 2)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))])
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error).partition("\n")[0][:200]
+    worst = float(torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(*results)]).max())
+    bound = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}.get(dtype, 1e-10)
+    return "" if worst < bound else f"it is off by {worst:.1g} of the exact result"  # NaN, too
 
 
 def _shared_prefix_attention(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor,
@@ -192,17 +313,19 @@ AttentionInterface.register("shared_prefix", _shared_prefix_attention)
 
 class _TokenLogprobs(torch.autograd.Function):
     """Log-probs of targets and entropies, (N,) each, from states (N, hidden) and a head, `rows` at a time.
-    The backward pass computes the logits of a chunk again and turns them into their own gradient in place."""
+    Ids from vocab_size on have no probability, whether or not the head has `width` columns for more. dtype:
+    of the factors of products. The backward pass computes the logits of a chunk again and turns them into
+    their own gradient in place."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-                targets: torch.Tensor, temperature: float, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        device = states.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        ctx.temperature, ctx.rows = temperature, rows
+                targets: torch.Tensor, temperature: float, vocab_size: int, width: int, dtype: torch.dtype,
+                rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.temperature, ctx.vocab_size, ctx.width, ctx.dtype = temperature, vocab_size, width, dtype
+        ctx.rows, cast = rows, weight[:width].to(dtype)  # once, not for every chunk
         logprobs, entropies, normalisers = [], [], []
-        for x, target in zip(states.split(rows), targets.split(rows)):
-            logits = _logits(x, weight, bias, ctx)
+        for x, target in zip(states.to(dtype).split(rows), targets.split(rows)):
+            logits = _logits(x, cast, bias, temperature)[:, :vocab_size]
             top = logits.amax(-1, keepdim=True)
             weights = logits.sub_(top).exp()
             total = weights.sum(-1)
@@ -218,41 +341,52 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
         states, weight, bias, targets, normalisers = ctx.saved_tensors
-        compute_weight, d_states = weight.to(ctx.dtype), torch.empty_like(states)
+        cast, inputs = weight[:ctx.width].to(ctx.dtype), states.to(ctx.dtype)
+        d_states = torch.empty_like(states)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen
         d_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for start in range(0, len(states), ctx.rows):
             part = slice(start, start + ctx.rows)
-            logits = _logits(states[part], weight, bias, ctx)
+            logits = _logits(inputs[part], cast, bias, ctx.temperature)
+            logits[:, ctx.vocab_size:] = float("-inf")
             scale = grad[part, None] / ctx.temperature  # d logprob / d logits = onehot - softmax
             d_logits = logits.sub_(normalisers[part, None]).exp_().mul_(-scale).scatter_add_(
-                1, targets[part, None], scale).to(ctx.dtype)
-            d_states[part] = d_logits @ compute_weight
-            if d_weight is not None:
-                d_weight += d_logits.T @ states[part].to(ctx.dtype)
+                1, targets[part, None], scale)
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        return d_states, d_weight, d_bias, None, None, None
+                d_bias[:ctx.width] += d_logits.sum(0)
+            d_logits = d_logits.to(ctx.dtype)
+            d_states[part] = d_logits @ cast
+            if d_weight is not None:
+                d_weight[:ctx.width] += product(d_logits.T, inputs[part])
+        return d_states, d_weight, d_bias, *[None] * 6
 
 
-def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ctx) -> torch.Tensor:
-    logits = F.linear(*(x if x is None else x.to(ctx.dtype) for x in (states, weight, bias)))
-    logits = logits.to(torch.promote_types(ctx.dtype, torch.float32))
-    return logits if ctx.temperature == 1 else logits.div_(ctx.temperature)
+def _logits(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+            temperature: float = 1.0) -> torch.Tensor:
+    logits = product(states, weight.T)
+    logits = logits if bias is None else logits.add_(bias[:len(weight)])
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class Policy(torch.nn.Module):
     """A causal language model whose contexts are shared by their suffixes.
     vocab_size: of the tokenizer; ids from there on (padded embedding rows) get no probability. dtype: of
-    computation; the weights keep theirs. Raises ValueError for a model whose log-probs would not be those of
-    its own plain forward: sliding windows or other special attention, soft caps or scales of the logits.
-    """
+    computation; the weights keep theirs. kernel: of attention in packed rows, None: the device's; one that is
+    wrong here, in forward or gradient, is replaced by PLAIN, with a note. Raises ValueError for a model whose
+    log-probs would not be those of its own plain forward: sliding windows or other special attention, soft
+    caps or scales of the logits."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, dtype: torch.dtype = torch.float32,
+                 kernel: Kernel | None = None) -> None:
         super().__init__()
         self.model, self.vocab_size, self.dtype = model, vocab_size, dtype
         self.fused = model.device.type == "cpu"  # kernels that return the log-sum-exp parts are merged by
-        self.logits_per_chunk = LOGITS_PER_CHUNK
+        self.kernel = kernel or (CPU if self.fused else CUDA)
+        if error := kernel_error(self.kernel, *head_shape(model.config), dtype, model.device):
+            say_once(f"attention in the update is slower, without the fused kernel: on {model.device} in "
+                     f"{dtype}, {error}")
+            self.kernel = PLAIN
+        self.logits_per_chunk = LOGITS_PER_CHUNK["cpu" if self.fused else "cuda"]
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -266,6 +400,11 @@ class Policy(torch.nn.Module):
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """Of the factors of logits: on CUDA that of computation, whose products are float32 anyway."""
+        return torch.promote_types(self.model.dtype, torch.float32) if self.fused else self.dtype
+
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -274,13 +413,12 @@ class Policy(torch.nn.Module):
         Returns two (R, S) float32 tensors, 0 where masked; the first carries gradient, the second does not.
         """
         with self.autocast():
-            states = self.states(batch.input_ids, batch.position_ids, Packed(batch.spans, self.fused))
-            head = self.model.get_output_embeddings()
-            weight, bias = (x if x is None or self.vocab_size == len(x) else x[:self.vocab_size]
-                            for x in (head.weight, head.bias))
-            logprobs, entropy = _TokenLogprobs.apply(
-                states[batch.index[batch.mask]], weight, bias, batch.targets[batch.mask], temperature,
-                max(1, self.logits_per_chunk // len(weight)))
+            states = self.states(batch.input_ids, batch.position_ids, Packed(batch, self.kernel))
+        head = self.model.get_output_embeddings()
+        width = self.vocab_size if self.fused else len(head.weight)  # an odd one makes products slow on CUDA
+        logprobs, entropy = _TokenLogprobs.apply(
+            states[batch.index[batch.mask]], head.weight, head.bias, batch.targets[batch.mask], temperature,
+            self.vocab_size, width, self.head_dtype, max(1, self.logits_per_chunk // width))
         zeros = logprobs.new_zeros(batch.mask.shape)
         return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropy)
 
@@ -292,13 +430,18 @@ class Policy(torch.nn.Module):
         return out.last_hidden_state.flatten(0, 1)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """states (n, hidden) -> (n, V), padded embedding rows included."""
-        return self.model.get_output_embeddings()(states)
+        """states (n, hidden) -> (n, V) float32, padded embedding rows included."""
+        head, dtype = self.model.get_output_embeddings(), self.head_dtype
+        if head.weight.dtype == dtype and dtype.itemsize >= 4:
+            with torch.autocast(self.device.type, enabled=False):
+                return head(states.to(dtype))  # by its forward, which rollout.py:packed_weights replaces
+        return _logits(states.to(dtype), head.weight.to(dtype), head.bias)
 
     @torch.no_grad()
     def _verify(self) -> None:
         """Switch the model to shared-prefix attention and compare its logits with its own plain forward."""
-        tree = Tree([5, 3, 8, 2, 7, 1], [[4, 9, 6, 2], [1, 6, 3, 3]])
+        ids = [self.vocab_size * i // 15 for i in range(1, 15)]  # ordinary tokens: special ones have outliers
+        tree = Tree(ids[:6], [ids[6:10], ids[10:]])
         batch, error = pack([tree], self.device), "its logits differ from those of its plain forward"
         try:
             self.eval()
@@ -312,13 +455,13 @@ class Policy(torch.nn.Module):
             self.model.set_attn_implementation("shared_prefix")
             self.train()  # in which dropout would act
             called: set[int] = set()
-            layout = Packed(batch.spans, self.fused, lambda spans, layer, *_: called.add(layer))
+            layout = Packed(batch, PLAIN, lambda spans, layer, *_: called.add(layer))
             states = self.states(batch.input_ids, batch.position_ids, layout)
             self.eval()
             if len(called) < self.model.config.get_text_config().num_hidden_layers:
                 raise ValueError("not all of its layers attend through the interface of transformers")
-            if torch.allclose(self.logits(states[batch.index[:, -1]]), plain, rtol=1e-3,
-                              atol=1e-3 * float(plain.abs().max())):
+            logits = self.model.get_output_embeddings()(states[batch.index[:, -1]])
+            if torch.allclose(logits, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())):
                 return
         except Exception as reason:  # whatever a foreign architecture raises
             error = str(reason) if isinstance(reason, ValueError) else repr(reason)
@@ -326,22 +469,35 @@ class Policy(torch.nn.Module):
                          "full causal attention and a plain output layer can, such as Llama, Qwen2 and Qwen3")
 
 
-def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
-                dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
-    """The causal language model in `folder` (safetensors only), computing in `dtype`.
-    weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
-    are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
+@contextlib.contextmanager
+def _loading(folder: str | Path) -> Iterator[None]:
     try:
+        yield
+    except (ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ValueError(f"--model: {folder} cannot be loaded ({str(error).partition('. ')[0]})") from error
+
+
+def load_shape(folder: str | Path) -> PreTrainedModel:
+    """The model in `folder` without weights, from its config alone. Raises ValueError."""
+    with _loading(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if {"quantization_config", "quantization"} & vars(config).keys():
             raise ValueError("its weights are quantized: give the folder of the original model")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"a {config.model_type} model is no language model of text alone")
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
+                dtype: torch.dtype = torch.float32, weights: torch.dtype = torch.float32) -> Policy:
+    """The causal language model in `folder` (safetensors only), computing in `dtype`.
+    weights: their dtype; float32 for a policy that is trained (AdamW at 1e-6 moves no bfloat16 weight). They
+    are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
+    load_shape(folder)  # refuses what has no such weights
+    with _loading(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)
-    except (ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"--model: {folder} cannot be loaded ({str(error).partition('. ')[0]})") from error
     if missing := sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}):
         raise ValueError(f"--model: {folder} lacks weights, which would be random, or has them in another "
                          f"shape: {', '.join(missing[:9])}")

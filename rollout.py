@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from policy import Packed, Policy, Span, Tree, halve_to_fit, merge_attention, pack, partial_attention
+from policy import (Packed, Policy, Span, Tree, halve_to_fit, head_shape, merge_attention, pack,
+                    partial_attention)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
@@ -100,7 +101,7 @@ class Decoder:
             fit = max(1, int(np.searchsorted(ends, PREFILL_TOKENS, side="right")))
             part, names = names[:fit], names[fit:]
             batch = pack([Tree(contexts[name], [[0]]) for name in part], self.device)  # predicts one token
-            layout = Packed(batch.spans, self.policy.fused, self._store_contexts)
+            layout = Packed(batch, self.policy.kernel, self._store_contexts)
             states = self.policy.states(batch.input_ids, batch.position_ids, layout)
             logits.append(self.policy.logits(states[batch.index[:, 0]]))
             self.names += part
@@ -205,18 +206,19 @@ def _fill_holes(size: int, alive: set[int]) -> list[int]:
     return [i if i in alive else movers.pop() for i in range(len(alive))]
 
 
-def default_memory(device: torch.device) -> float:
-    """GiB for keys and values: half of what a CUDA device has free now; on a CPU a quarter of all memory."""
+def default_memory(device: torch.device, reserved: float = 0) -> float:
+    """GiB for keys and values: 0.8 of what a CUDA device has free now besides `reserved` bytes; on a CPU a
+    quarter of all memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2 / 2**30
+        return 0.8 * max(0, torch.cuda.mem_get_info(device)[0] - reserved) / 2**30
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / 2**30
 
 
-def group_bytes(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int) -> tuple[int, int]:
-    """Bytes of (one context, the rows of its group): keys, values, logits and three copies, all float32."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * 4
+def group_bytes(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int,
+                dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of (one context, its group's rows): keys and values in dtype, float32 logits and three copies."""
+    _, heads, head_dim = head_shape(config)
+    token_bytes = 2 * config.num_hidden_layers * heads * head_dim * dtype.itemsize
     return (context_len * token_bytes + 4 * config.vocab_size,
             group * (suffix_len * token_bytes + 16 * config.vocab_size))
 
@@ -270,7 +272,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
         raise ValueError("every request needs a context and room for at least one new token")
     context_len, suffix_len, group = (max(column) for column in zip(
         *((len(r.context), r.budget, len(r.seeds)) for r in requests)))
-    size = group_bytes(policy.model.config, context_len, suffix_len, group)
+    size = group_bytes(policy.model.config, context_len, suffix_len, group, policy.dtype)
 
     def finish(i: int, suffixes: list[Suffix]) -> None:
         results[i] = suffixes

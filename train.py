@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import math
 import os
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
 import answers
 import cache
@@ -50,7 +51,7 @@ import rollout
 import rpo
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import Policy, Tree, load_policy
+from policy import LOGITS_PER_CHUNK, Policy, Tree, head_shape, load_policy, load_shape
 from rewards import Group
 
 
@@ -108,6 +109,8 @@ class Config:
                                          "in memory too; unset: 0, as in later work")
     updates_per_rollout: int = option(1, "optimiser steps, on a share of the groups each; 1 is on-policy", 1)
     # the optimiser
+    optimizer: str = option("adamw", "adamw8bit: states of 2 instead of 8 bytes per parameter; needs the "
+                                     "package bitsandbytes", ("adamw", "adamw8bit"))
     lr: float = option(1e-6, "learning rate of AdamW; usual from 1.5B to 7B", 1e-12)
     warmup_steps: int = option(10, "steps of linear warm-up, as in DAPO")
     lr_decay_steps: float = option(0.0, "steps until the learning rate is halved, twice as many for a third "
@@ -119,7 +122,9 @@ class Config:
                         ("auto", "float32", "bfloat16"))
     tokens_per_forward: int = option(16384, "tokens of a micro-batch: bounds memory, not the gradient", 1)
     gradient_checkpointing: bool = option(True, "compute layers again in the backward pass, to save memory")
-    rollout_memory: float = option(0.0, "GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
+    rollout_memory: float = option(0.0, "GiB for keys and values; 0: most of what is left on a GPU, 1/4 of a "
+                                        "CPU's")
+    dry_run: float = option(0.0, "print what a run needs of this device, or of a GPU of X GB, and end", -1)
     # the run
     eval_every: int = option(50, "steps between evaluations, also at start and end; 0: never")
     save_every: int = option(50, "steps between checkpoints, also at the end; 0: only then")
@@ -159,7 +164,8 @@ class Task(NamedTuple):
 ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # options that may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "dry_run", "out", "resume")
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}  # states of a parameter
 
 
 def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy | None,
@@ -172,7 +178,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     dynamic, start, warned = objective.dynamic_rounds > 1, time.perf_counter() - state.seconds, frozenset()
     eos = data.eos_ids(task.tokenizer, policy.model.generation_config.eos_token_id)
     how = rollout.Sampling(eos, policy.vocab_size, c.temperature)
-    memory = c.rollout_memory or rollout.default_memory(policy.device)
+    memory = c.rollout_memory or rollout.default_memory(policy.device, reserved_bytes(c, policy, optimizer))
     state = finish_step(c, out, task, policy, eos, rule.checker, memory, state, start)  # of the step before
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
@@ -389,12 +395,16 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
     """clock: at the start of the step, after its rollout and after its update."""
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
     return {"tokens/generated": state.tokens_generated, "tokens/full_path": state.tokens_full_path,
             "tokens/per_s": (state.tokens_generated - before.tokens_generated) / (clock[1] - clock[0]),
             "time/rollout_s": clock[1] - clock[0], "time/update_s": clock[2] - clock[1],
             "memory/peak_gib": peak / 2**30}
+
+
+def peak_rss() -> int:
+    """Most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def warn_once(metrics: dict[str, float], warned: frozenset[str]) -> frozenset[str]:
@@ -521,6 +531,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
         kind, least = item.type.split(" | ")[0], item.metadata["least"]
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"choices": least} \
             if isinstance(least, tuple) else {"type": kinds[kind][0], "metavar": kinds[kind][1]}
+        how |= {"nargs": "?", "const": -1.0} if item.name == "dry_run" else {}
         default = "" if item.default in (None, "") else f" (default: {item.default})"
         text = (item.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(flag_of(item.name), help=text, **how)
@@ -547,6 +558,9 @@ def check_config(c: Config) -> Config:
     if c.updates_per_rollout > c.problems_per_step:
         raise ValueError(f"--updates-per-rollout {c.updates_per_rollout}: every update needs a problem, and "
                          f"--problems-per-step is {c.problems_per_step}")
+    if c.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise ValueError("--optimizer adamw8bit: needs the package bitsandbytes, which is not installed: "
+                         "pip install bitsandbytes")
     if c.device not in ("auto", "cpu") and not (c.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {c.device}: there is no such device here; give auto, cpu or cuda")
     return c
@@ -568,15 +582,14 @@ def prepare(c: Config) -> tuple[object, tuple]:
     if own:
         own(task.problems[0], [task.problems[0].solution], [1], [True])  # find its mistakes before the run
     rule = rewards.RewardRule(answers.Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
-    cuda, vocab_size = torch.cuda.is_available(), len(task.tokenizer)
-    device = torch.device(c.device if c.device != "auto" else "cuda" if cuda else "cpu")
-    bfloat16 = c.dtype == "bfloat16" or c.dtype == "auto" and device.type == "cuda"
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    device, vocab_size = device_of(c), len(task.tokenizer)
+    dtype = dtype_of(c, device.type)
+    check_fits(c, load_shape(folder), device.type, device_bytes(device))
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
     check_size(c, out, policy)
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
     if c.gradient_checkpointing:
-        policy.model.activation_checkpointing_enable({"use_reentrant": False})
+        policy.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     state = load_state(checkpoint, task) if checkpoint else State()
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
@@ -630,14 +643,115 @@ def check_size(c: Config, out: Path, policy: Policy) -> None:
     if longest > window:
         raise ValueError(f"--max-prompt {c.max_prompt} and --max-response {c.max_response}: together more "
                          f"than the {window} positions of {c.model}; lower one of them")
-    group = rollout.group_bytes(config, longest, c.max_response, c.group_size)
-    rollout.slots(*group, c.group_size, c.rollout_memory or rollout.default_memory(policy.device))
+    group = rollout.group_bytes(config, longest, c.max_response, c.group_size, policy.dtype)
+    rollout.slots(*group, c.group_size, c.rollout_memory or rollout.default_memory(
+        policy.device, reserved_bytes(c, policy)))
+
+
+def reserved_bytes(c: Config, policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> float:
+    """What the rollout leaves free on a GPU: optimiser states to come, and a bfloat16 copy of the weights."""
+    states = 0 if optimizer and optimizer.state else OPTIMIZER_BYTES[c.optimizer]
+    return (states + 2) * policy.model.num_parameters()
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_of(c: Config) -> torch.device:
+    return torch.device(c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(c: Config, device: str) -> torch.dtype:
+    half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda"
+    return torch.bfloat16 if half else torch.float32
+
+
+def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
+                shards: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes by item at the peak of the rollout and at that of the update, on a cpu or cuda of `total` bytes.
+    For the longest prompts and responses and full micro-batches. model: needs no weights. shards: how many
+    devices share weights, gradients, states and problems."""
+    config, n, dtype = model.config, model.num_parameters(), dtype_of(c, device)
+    hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    problems = c.problems_per_step / shards
+    size, longest, (heads, kv_heads, dim) = dtype.itemsize, c.max_prompt + c.max_response, head_shape(config)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    held = {"weights": 4 * n / shards, "optimiser states": OPTIMIZER_BYTES[c.optimizer] * n / shards,
+            "initial policy": size * n * (c.kl_coef > 0), "process": 5e8 if device == "cuda" else peak_rss()}
+    copies = 2 * n if device == "cuda" else 4 * sum(x for x in matrices if x >= 2**18) * (size == 4)
+    left = 0.8 * (total - sum(held.values()) - copies) if device == "cuda" else total / 4
+    group, first = (sum(rollout.group_bytes(config, *lens, dtype)) for lens in (
+        (longest, c.max_response, c.group_size), (c.max_prompt, c.max_response, 1)))
+    wanted = max(problems * group, (c.cache_init_chunk or 1e9) / shards * first * (c.rollout == "rpo"))
+    tokens = min(c.tokens_per_forward, problems * (longest + c.group_size * c.max_response))
+    # of a token in a layer: kept for the backward pass, and needed in it
+    kept = 16 * hidden + size * (2 * hidden + 2 * (heads + kv_heads) * dim + 4 * inner)
+    workspace = 8 * hidden + 3 * size * inner
+    whole = 0 if shards == 1 else 2 * size * (n - 2 * vocab * hidden) / layers + 4 * vocab * hidden
+    backward = max(tokens * (kept * c.gradient_checkpointing + workspace),
+                   12 * min(LOGITS_PER_CHUNK[device], tokens * vocab))
+    return ({**held, "copy of the weights for decoding": copies,
+             "keys, values, logits": max(group, min(wanted, c.rollout_memory * 2**30 or left)),
+             "prefill": min(rollout.PREFILL_TOKENS, problems * longest) * (workspace + 4 * hidden)},
+            {**held, "gradients": 4 * n / shards, "gradient of the head": (4 + size % 4) * vocab * hidden,
+             "whole layers of shards": whole,
+             "activations": tokens * layers * (4 * hidden if c.gradient_checkpointing else kept),
+             "backward of a layer, or logits": backward})
+
+
+def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shards: int = 1) -> str:
+    """Does the plan fit, or with which options would it?"""
+    choices = [replace(c, optimizer=name, tokens_per_forward=c.tokens_per_forward // 2**i)
+               for name in dict.fromkeys((c.optimizer, "adamw8bit")) for i in range(5)]
+    for other in choices:
+        if max(sum(x.values()) for x in memory_plan(other, model, device, total, shards)) <= 0.97 * total:
+            return "fits" if other is choices[0] else \
+                f"fits with --optimizer {other.optimizer} --tokens-per-forward {other.tokens_per_forward}"
+    return "does not fit: take a smaller model"
+
+
+def check_fits(c: Config, model: PreTrainedModel, device: str, total: float) -> None:
+    """Raises ValueError where weights, gradients and optimiser states alone are too large for the device."""
+    plan = memory_plan(c, model, device, total)[1]
+    need = plan["weights"] + plan["gradients"] + plan["optimiser states"]
+    if need > total:
+        raise ValueError(f"--model {c.model}: weights, gradients and optimiser states take {need / 1e9:.1f} "
+                         f"GB, this {device} has {total / 1e9:.1f}: {what_fits(c, model, device, total)}")
+
+
+def dry_run(c: Config) -> str:
+    """What a run would need, as a table."""
+    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c)
+    kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run > 0 else (device.type, device_bytes(device))
+    shards = int(os.environ.get("WORLD_SIZE", 1))
+    plans = memory_plan(c, model, kind, total, shards)
+    names = [name for name, size in (plans[0] | plans[1]).items() if size]
+    plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
+    table = [(name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans))
+             for name in (*names, "**peak**")]
+    cut = cache.parse_max_cut(c.max_cut) * (c.max_response if "." in c.max_cut else 1)
+    stretch = c.cut_tail / (c.cut_tail - 1) if c.cut_tail > 1 else math.inf if c.cut_tail else 1  # its mean
+    suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2 * stretch)
+    rows, fits = c.problems_per_step * c.group_size, what_fits(c, model, kind, total, shards)
+    return "\n".join([
+        f"{c.model} on {shards} {kind} of {total / 1e9:.1f} GB: {fits}", "",
+        *(f"| {' | '.join(row)} |" for row in (("GB", "rollout", "update"), ["---"] * 3, *table)), "",
+        f"tokens sampled in a round: about {rows * suffix:,.0f} where suffixes are as long as what was cut "
+        f"off, at most {rows * c.max_response:,}"])
 
 
 def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.optim.Optimizer:
     groups = [{"params": [p for p in policy.parameters() if (p.ndim >= 2) == matrices],
                "weight_decay": c.weight_decay if matrices else 0.0} for matrices in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr=c.lr)
+    if c.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+        optimizer = AdamW8bit(groups, lr=c.lr)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=c.lr, fused=policy.device.type == "cuda" or None)
     if checkpoint:
         states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(states)  # which moves them to their parameters, one by one
@@ -664,6 +778,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     config, stop = parse_config(sys.argv[1:] if arguments is None else arguments), threading.Event()
+    try:
+        if config.dry_run:
+            print(dry_run(config))
+            return 0
+    except (ValueError, OSError) as error:
+        return fail("train.py", 2, error)
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set():

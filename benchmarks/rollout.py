@@ -103,7 +103,7 @@ def occupancy(problems: int = 128, group: int = 16, longest: int = 300) -> tuple
                          num_key_value_heads=1, vocab_size=128, max_position_embeddings=512)
     torch.manual_seed(0)
     policy = Policy(Qwen2ForCausalLM(config), 128)
-    context, rows = rollout.group_bytes(config, 32, longest, group)
+    context, rows = rollout.group_bytes(config, 32, longest, group, torch.float32)
     memory = (3 * context + rows) * (64 / group) / 2**30  # see rollout.slots
     with counted() as seen:
         results = rollout.generate(policy, requests_of(32, problems, group, longest),
