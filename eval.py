@@ -30,7 +30,7 @@ import rollout
 from answers import Checker
 from cache import fingerprint
 from data import Problem
-from policy import Policy, load_policy
+from policy import Policy, gather, load_policy
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
 BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
@@ -118,11 +118,10 @@ def evaluate(policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: Seque
              eos_ids: tuple[int, ...], label: str) -> dict[str, float]:
     """pass@1: every problem answered once, greedily, from its prompt alone; also printed after `label`.
     memory: GiB for generate()."""
-    start, records = time.perf_counter(), []
-    how = rollout.Sampling(eos_ids, len(tokenizer), temperature=0)
+    start, how = time.perf_counter(), rollout.Sampling(eos_ids, len(tokenizer), temperature=0)
     work = [(p, prompt, [], ()) for p, prompt in zip(problems, prompts)]
     evaluator = Evaluator(policy, tokenizer, how, checker, memory, max_response, 0)
-    evaluator.run(work, 1, records.append, "evaluation")
+    records = evaluator.run(work, 1, lambda record: None, "evaluation")
     names = {"correct": "accuracy", "tokens": "length", "finished": "finished_fraction"}
     result = {f"eval/{name}": float(np.mean([r[key] for r in records])) for key, name in names.items()}
     seconds = time.perf_counter() - start
@@ -144,14 +143,20 @@ class Evaluator:
     seed: int
 
     def run(self, work: Sequence[tuple[Problem, list[int], list[int], tuple[int, ...]]], samples: int,
-            keep: Callable[[dict], None], label: str) -> None:
-        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; `keep` gets a record of each.
-        What a row draws depends on the seed, the problem, the key and its number only."""
+            keep: Callable[[dict], None], label: str) -> list[dict]:
+        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; the record of each, in order.
+        `keep` gets it as soon as it is there, on the rank that made it. What a row draws depends on the seed,
+        the problem, the key and its number only."""
         requests = [rollout.Request(prompt + prefix, max(1, self.max_response - len(prefix)),
                                     [(self.seed, int(p.id, 16), *key, row) for row in range(samples)])
                     for p, prompt, prefix, key in work]
-        rollout.generate(self.policy, requests, self.how, self.memory, label,
-                         lambda i, suffixes: keep(self.record(work[i][0], work[i][2], suffixes)))
+        records = {}
+
+        def finish(i: int, suffixes: list[rollout.Suffix]) -> None:
+            records[i] = self.record(work[i][0], work[i][2], suffixes)
+            keep(records[i])
+        rollout.generate(self.policy, requests, self.how, self.memory, label, finish)
+        return [record for _, record in sorted(gather(records).items())]
 
     def record(self, problem: Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
         """Lists over the samples: text, answer or None, the answer's cluster, correct, tokens, finished."""

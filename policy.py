@@ -1,15 +1,21 @@
-"""The policy: a causal language model, checked at load, whose log-probs share each group's context.
+"""The policy: a causal language model, checked at load, whose log-probs share each group's context; ranks.
 
 Sizes: G suffixes of one context, P context tokens (prompt + cached prefix), S suffix length, N packed tokens,
 V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
@@ -291,6 +297,12 @@ class Policy(torch.nn.Module):
                                     layout=layout)
         return out.last_hidden_state.flatten(0, 1)
 
+    def add_gradients(self) -> None:
+        """Give every rank the sum of all ranks' gradients."""
+        for p in self.parameters() if ranks()[1] > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """states (n, hidden) -> (n, V), padded embedding rows included."""
         return self.model.get_output_embeddings()(states)
@@ -348,3 +360,87 @@ def halve_to_fit(work: Callable[[float], object], size: float, floor: float, opt
         say_once(f"out of memory: goes on with half of {option} {size:.6g}, which changes no result; give "
                  f"{option} {size / 2:.6g} to save the failed tries")
         size /= 2
+
+
+# Of torchrun's processes (ranks), one computes what is random, timed or expensive, and `gather` gives it to all.
+# Everything else all compute alike from the same numbers, so that nothing but rounding depends on their number.
+def ranks() -> tuple[int, int]:
+    """(the number of this process, how many there are); without torchrun (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(costs: Sequence[float]) -> list[int]:
+    """Which of these items this rank works on: the heaviest first, each to the rank with the least to do."""
+    rank, world = ranks()
+    load, mine = [0.0] * world, []
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = load.index(min(load))
+        load[least] += costs[i]
+        mine += [i] * (least == rank)
+    return sorted(mine)
+
+
+def gather(part: dict) -> dict:
+    """The parts of all ranks as one, on every rank. All ranks must call it."""
+    parts = [part] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@contextlib.contextmanager
+def agreed(*kinds: type[Exception]) -> Iterator[None]:
+    """An error of these kinds on one rank in here is raised on all: none waits for one that has given up."""
+    error = None
+    try:
+        yield
+    except kinds as reason:
+        error = reason
+    errors = gather({ranks()[0]: str(error)} if error else {})
+    if errors:
+        raise error or kinds[0](errors[min(errors)])
+
+
+def join_ranks() -> None:
+    """Under torchrun, connect its processes: objects go by gloo, CUDA tensors by NCCL. Only rank 0 prints."""
+    if dist.is_initialized() or not dist.is_torchelastic_launched():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # others may sample long; _watch sees the dead
+    if dist.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    pids = {rank: pid for rank, (machine, pid) in
+            gather({dist.get_rank(): (os.environ["GROUP_RANK"], os.getpid())}).items()
+            if machine == os.environ["GROUP_RANK"]}
+    threading.Thread(target=_watch, args=(pids,), daemon=True).start()
+
+    def report(*error: object) -> None:
+        time.sleep(10)  # where another rank has died, and a collective with it, _watch says so and ends this one
+        sys.stderr = sys.__stderr__
+        sys.__excepthook__(*error)
+    sys.excepthook = report
+
+
+def _watch(pids: dict[int, int]) -> None:
+    """End this process when another rank of this machine is gone: NCCL would wait for it for ever."""
+    while True:
+        time.sleep(1)
+        for rank, pid in pids.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                time.sleep(3)  # for a run that ends on all ranks
+                print(f"error: rank {rank} has ended early, and this one with it; train.py goes on with "
+                      "--resume, eval.py with the same command", file=sys.__stderr__, flush=True)
+                os._exit(1)
+
+
+def device_of(name: str) -> torch.device:
+    """auto: cuda if there is any, else cpu. Under torchrun each rank has the CUDA device of its number."""
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and ranks()[1] > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(device)
+    return device
