@@ -3,7 +3,8 @@
     python eval.py --model M --data math500,aime24,mine.jsonl --samples 16 --temperature 0.6 --top-p 0.95
     python eval.py --compare A/results.json B/results.json
 
-Responses are written as they come: the same command with the same --out goes on where it was killed."""
+Responses are written as they come: the same command with the same --out goes on where it was killed. Under
+torchrun --nproc-per-node N the problems are shared out."""
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,7 @@ import rollout
 from answers import Checker
 from cache import fingerprint
 from data import Problem
-from policy import Policy, gather, load_policy
+from policy import Policy, agreed, device_of, gather, join_ranks, load_policy, ranks
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
 BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
@@ -301,20 +302,22 @@ def fail(program: str, code: int, error: object) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    join_ranks()
     args = parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.compare:
             compare(*args.compare)
             return 0
-        sets = load_problems(args)
+        sets, device = load_problems(args), device_of("auto")
         folder = data.find_model(args.model)
         tokenizer = data.load_tokenizer(folder)
         protocol = protocol_of(args, tokenizer, sets)
         out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
-        earlier = {name: resumed(out / f"responses-{name}.jsonl", fingerprint(protocol))
-                   for name in sets}
+        with agreed(ValueError, OSError):
+            earlier = {name: resumed(out / f"responses-{name}.jsonl", fingerprint(protocol))
+                       for name in sets if ranks()[0] == 0}
+        earlier = gather(earlier)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = load_policy(folder, len(tokenizer), device, dtype, weights=dtype)
         eos_ids = data.eos_ids(tokenizer, policy.model.generation_config.eos_token_id)
@@ -330,7 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                                         out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
         return fail("eval.py", 2, error)
-    (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
+    if ranks()[0] == 0:
+        text = json.dumps({"protocol": protocol, "results": results}, indent=1)
+        (out / "results.json").write_text(text + "\n")
     print_results(results)
     print(f"protocol, figures and responses: {out}")
     return 0
@@ -347,19 +352,14 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Probl
         raise ValueError(f"--max-response {args.max_response}: with the longest prompt of {path.stem} "
                          f"({longest} tokens) more than the {window} positions of {args.model}; give at most "
                          f"{max(1, window - longest)}, or other data")
-    start, records = time.perf_counter(), list(earlier)
-    with open(path, "a") as file:
-        def keep(record: dict) -> None:
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-
-        done = {r["id"] for r in records}
-        evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples, keep,
-                      "responses")
-    figures = summarise(records)
+    start, done = time.perf_counter(), {r["id"] for r in earlier}
+    with open(path, "ab", buffering=0) as file:  # a line is one write, so that ranks do not mix theirs
+        work = [(p, prompts[p.id], [], ()) for p in problems if p.id not in done]
+        records = evaluator.run(work, args.samples, lambda r: file.write(f"{json.dumps(r)}\n".encode()),
+                                "responses")
+    figures = summarise(earlier + records)
     seconds = time.perf_counter() - start
-    sampled = sum(sum(r.get("tokens", [])) for r in records[len(earlier):])
+    sampled = sum(sum(r.get("tokens", [])) for r in records)
     return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}
 
 

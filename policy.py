@@ -5,7 +5,9 @@ V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
@@ -259,6 +264,8 @@ class Policy(torch.nn.Module):
         self.model, self.vocab_size, self.dtype = model, vocab_size, dtype
         self.fused = model.device.type == "cpu"  # kernels that return the log-sum-exp parts are merged by
         self.logits_per_chunk = LOGITS_PER_CHUNK
+        self.copies: list[Policy] = []  # one, made by `shard`; in a list, so that it is no submodule
+        self.stale = False  # the weights have changed since they were copied
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -297,9 +304,35 @@ class Policy(torch.nn.Module):
                                     layout=layout)
         return out.last_hidden_state.flatten(0, 1)
 
+    def shard(self) -> None:
+        """Spread weights, gradients and Adam states over the ranks (FSDP2). Log-probs with gradient then come
+        from `forward` only, which all ranks must call equally often; everything else uses `whole`."""
+        whole, mesh = copy.deepcopy(self), init_device_mesh(self.device.type, (ranks()[1],))
+        dtypes = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for layer, copied in zip(*(next(m for m in x.model.base_model.children()
+                                        if isinstance(m, torch.nn.ModuleList)) for x in (self, whole))):
+            fully_shard(layer, mesh=mesh, mp_policy=dtypes)
+            copied.to(self.dtype)
+        fully_shard(self, mesh=mesh)
+        self.copies = [whole]
+
+    @torch.no_grad()
+    def whole(self) -> Policy:
+        """This policy; if it is sharded, a copy with whole weights as they are now. All ranks call it."""
+        for whole in self.copies if self.stale else ():
+            for p, full in zip(self.parameters(), whole.parameters()):
+                full.copy_(p.full_tensor())
+            self.stale = False
+        return self.copies[0] if self.copies else self
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, whole, with tied weights once. All ranks call it."""
+        once = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return whole_tensors({name: x for name, x in self.model.state_dict().items() if name in once})
+
     def add_gradients(self) -> None:
-        """Give every rank the sum of all ranks' gradients."""
-        for p in self.parameters() if ranks()[1] > 1 else ():
+        """Give every rank the sum of all ranks' gradients, where they are not sharded."""
+        for p in self.parameters() if ranks()[1] > 1 and not self.copies else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
@@ -362,8 +395,8 @@ def halve_to_fit(work: Callable[[float], object], size: float, floor: float, opt
         size /= 2
 
 
-# Of torchrun's processes (ranks), one computes what is random, timed or expensive, and `gather` gives it to all.
-# Everything else all compute alike from the same numbers, so that nothing but rounding depends on their number.
+# What is random, timed or expensive is computed by one of torchrun's processes (ranks) and given to all by
+# `gather`; all else they compute alike from the same numbers. So only rounding depends on how many there are.
 def ranks() -> tuple[int, int]:
     """(the number of this process, how many there are); without torchrun (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -381,7 +414,7 @@ def share(costs: Sequence[float]) -> list[int]:
 
 
 def gather(part: dict) -> dict:
-    """The parts of all ranks as one, on every rank. All ranks must call it."""
+    """The parts of all ranks as one, on every rank. All ranks call it."""
     parts = [part] * ranks()[1]
     if len(parts) > 1:
         dist.all_gather_object(parts, part)
@@ -406,7 +439,7 @@ def join_ranks() -> None:
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=7))  # others may sample long; _watch sees the dead
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # long; _watch sees those that have died
     if dist.get_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
     pids = {rank: pid for rank, (machine, pid) in
@@ -415,7 +448,8 @@ def join_ranks() -> None:
     threading.Thread(target=_watch, args=(pids,), daemon=True).start()
 
     def report(*error: object) -> None:
-        time.sleep(10)  # where another rank has died, and a collective with it, _watch says so and ends this one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun
+        time.sleep(10)  # if a collective failed because another rank has died, _watch says so
         sys.stderr = sys.__stderr__
         sys.__excepthook__(*error)
     sys.excepthook = report
@@ -433,6 +467,16 @@ def _watch(pids: dict[int, int]) -> None:
                 print(f"error: rank {rank} has ended early, and this one with it; train.py goes on with "
                       "--resume, eval.py with the same command", file=sys.__stderr__, flush=True)
                 os._exit(1)
+
+
+def whole_tensors(values: dict) -> dict:
+    """A state dict with each sharded tensor whole, on rank 0 only. All ranks call it."""
+    def whole(x: object) -> object:
+        if isinstance(x, DTensor):
+            full = x.full_tensor()
+            return full.cpu() if ranks()[0] == 0 else None
+        return {key: whole(item) for key, item in x.items()} if isinstance(x, dict) else x
+    return whole(values)
 
 
 def device_of(name: str) -> torch.device:

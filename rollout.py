@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, merge_attention, pack, partial_attention,
-                    share)
+from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, merge_attention, pack,
+                    partial_attention, share)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
@@ -272,6 +272,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
         raise ValueError("every request needs a context and room for at least one new token")
     context_len, suffix_len, group = (max(column) for column in zip(
         *((len(r.context), r.budget, len(r.seeds)) for r in requests)))
+    policy = policy.whole()
     size = group_bytes(policy.model.config, context_len, suffix_len, group)
     mine = share([len(r.context) + len(r.seeds) * r.budget for r in requests])
 

@@ -138,7 +138,7 @@ def rows_of(trees: Sequence[Tree], piece: Piece) -> Tree:
 def score(policy: Policy, trees: Sequence[Tree], temperature: float,
           tokens_per_forward: int) -> list[list[list[float]]]:
     """Log-probs of every suffix token under the policy, by tree and suffix."""
-    mine = share([tree.packed_tokens for tree in trees])
+    policy, mine = policy.whole(), share([tree.packed_tokens for tree in trees])
     scores = {i: [[0.0] * len(suffix) for suffix in trees[i].suffixes] for i in mine}
 
     def work(size: float) -> None:
@@ -170,11 +170,13 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
         def work(size: float) -> tuple[Counter, float]:
             return accumulate_gradient(policy, groups[i::updates], advantages[i::updates], old[i], ref[i],
                                        objective, temperature, size)
-        part = halve_to_fit(work, tokens_per_forward, SMALLEST_FORWARD, "--tokens-per-forward")
+        floor = tokens_per_forward if policy.copies else SMALLEST_FORWARD  # FSDP: not on one rank alone
+        part = halve_to_fit(work, tokens_per_forward, floor, "--tokens-per-forward")
         policy.add_gradients()
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), GRAD_CLIP)))
         if math.isfinite(norms[-1]):
             optimizer.step()
+            policy.stale = True
             sums["norm"] += norms[-1]
             for stats, gap in gather({ranks()[0]: part}).values():
                 sums.update(stats)
@@ -200,7 +202,12 @@ def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Seq
     policy.zero_grad()
     sums, gap_max, denominator = Counter(), 0.0, loss_denominator(groups, objective.aggregation)
     trees, sampled = [Tree(g.context, g.suffixes) for g in groups], [g.logprobs for g in groups]
-    for part in micro_batches(trees, tokens_per_forward):
+    batches = micro_batches(trees, tokens_per_forward)
+    if policy.copies:  # FSDP takes the mean over the ranks, which need equally many micro-batches
+        denominator /= ranks()[1]
+        for _ in range(max(gather({ranks()[0]: len(batches)}).values()) - len(batches)):
+            policy(pack([Tree([0], [[0]])], policy.device))[0].sum().mul(0).backward()
+    for part in batches:
         def tensor(values: Logprobs | None) -> torch.Tensor | None:
             return values and padded([values[i][row] for i, rows in part for row in rows], torch.float32,
                                      policy.device)

@@ -41,6 +41,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, logging
 
@@ -52,7 +53,8 @@ import rollout
 import rpo
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import Policy, Tree, agreed, device_of, gather, join_ranks, load_policy, ranks, share
+from policy import (Policy, Tree, agreed, device_of, gather, join_ranks, load_policy, ranks, share,
+                    whole_tensors)
 from rewards import Group
 
 
@@ -121,6 +123,8 @@ class Config:
                         ("auto", "float32", "bfloat16"))
     tokens_per_forward: int = option(16384, "tokens of a micro-batch: bounds memory, not the gradient", 1)
     gradient_checkpointing: bool = option(True, "compute layers again in the backward pass, to save memory")
+    shard: bool = option(False, "spread weights, gradients and Adam states over the processes (FSDP2), "
+                                "for models that do not fit on one card; else slower")
     rollout_memory: float = option(0.0, "GiB for keys and values; 0: half of a free GPU, 1/4 of a CPU's")
     # the run
     eval_every: int = option(50, "steps between evaluations, also at start and end; 0: never")
@@ -170,7 +174,7 @@ class Task(NamedTuple):
 ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # options that may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume", "shard")
 
 
 def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy | None,
@@ -338,7 +342,8 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
     with agreed(rewards.RewardFileError):
         texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
                                            skip_special_tokens=True) for i in mine}
-        verdicts = iter(rewards.grade([(visits[i][0], text) for i in mine for text in texts[i]], rule.checker))
+        pairs = [(visits[i][0], text) for i in mine for text in texts[i]]
+        verdicts = iter(rewards.grade(pairs, rule.checker))
         for i in mine:
             (problem, prompt, prefix), row = visits[i], suffixes[i]
             correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
@@ -456,14 +461,15 @@ def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer:
     """A new folder that is renamed when complete; if that fails, the one before stays and a line says so.
     Rank 0 writes it, the others wait."""
     new, final = out / "checkpoint.tmp", out / f"checkpoint-{state.step:06d}"
+    weights, adam = policy.weights(), whole_tensors(optimizer.state_dict())
     try:
         if ranks()[0] > 0:
             return
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        policy.model.save_pretrained(new / "policy")  # hub format, float32
+        policy.model.save_pretrained(new / "policy", state_dict=weights)  # hub format, float32
         task.tokenizer.save_pretrained(new / "policy")
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        torch.save(adam, new / "optimizer.pt")
         cache.save(state.paths, new / "cache.jsonl", cache.fingerprint(task.tokenizer.get_vocab()))
         problems = cache.fingerprint(sorted(p.id for p in task.problems))
         record = {"problems": problems} | vars(replace(state, paths={}))
@@ -582,6 +588,9 @@ def check_config(c: Config) -> Config:
     if c.updates_per_rollout > c.problems_per_step:
         raise ValueError(f"--updates-per-rollout {c.updates_per_rollout}: every update needs a problem, and "
                          f"--problems-per-step is {c.problems_per_step}")
+    if c.shard and ranks()[1] == 1:
+        raise ValueError("--shard: one process has nothing to spread its weights over; start with torchrun "
+                         "--nproc-per-node N, or give --no-shard")
     if c.device not in ("auto", "cpu") and not (c.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {c.device}: there is no such device here; give auto, cpu or cuda")
     return c
@@ -612,6 +621,8 @@ def prepare(c: Config) -> tuple[object, tuple]:
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
     if c.gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False})
+    if c.shard:
+        policy.shard()
     state = load_state(checkpoint, task) if checkpoint else State()
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
@@ -674,7 +685,11 @@ def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.
                "weight_decay": c.weight_decay if matrices else 0.0} for matrices in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=c.lr)
     if checkpoint:
-        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=c.shard)
+        parameters = [p for group in groups for p in group["params"]]
+        for p, adam in [(parameters[i], adam) for i, adam in states["state"].items()] if c.shard else ():
+            for name in ("exp_avg", "exp_avg_sq"):
+                adam[name] = distribute_tensor(adam[name], p.device_mesh, p.placements, src_data_rank=None)
         optimizer.load_state_dict(states)  # which moves them to their parameters, one by one
     return optimizer
 
