@@ -448,11 +448,11 @@ def join_ranks() -> None:
     threading.Thread(target=_watch, args=(pids,), daemon=True).start()
 
     def report(*error: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun
-        time.sleep(10)  # if a collective failed because another rank has died, _watch says so
+        time.sleep(9)  # if a collective failed because another rank has died, _watch says so
         sys.stderr = sys.__stderr__
         sys.__excepthook__(*error)
     sys.excepthook = report
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(9), sys.exit(143)))  # by torchrun, likewise
 
 
 def _watch(pids: dict[int, int]) -> None:
