@@ -287,10 +287,10 @@ def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Poli
     """A path per problem (eq. 1), correct or not, by problem id; the tokens generated for them. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
-    verdicts = gather(dict(zip(mine, rewards.grade([(given[i], given[i].solution) for i in mine],
-                                                   rule.checker))))
-    paths = {p.id: cache.Entry(task.solutions[p.id], float(ok), ok, len(task.solutions[p.id]), 0)
-             for i, p in enumerate(given) for ok in [verdicts[i]]}
+    verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
+    correct = gather(dict(zip(mine, verdicts)))
+    paths = {p.id: cache.Entry(task.solutions[p.id], float(correct[i]), correct[i],
+                               len(task.solutions[p.id]), 0) for i, p in enumerate(given)}
     visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in task.solutions]
     requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
