@@ -3,7 +3,8 @@
     python eval.py --model M --data math500,aime24,mine.jsonl --samples 16 --temperature 0.6 --top-p 0.95
     python eval.py --compare A/results.json B/results.json
 
-Responses are written as they come: the same command with the same --out goes on where it was killed."""
+Responses are written as they come: the same command with the same --out goes on where it was killed. Under
+torchrun --nproc-per-node N the problems are shared out."""
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,7 @@ import rollout
 from answers import Checker
 from cache import fingerprint
 from data import Problem
-from policy import Policy, load_policy
+from policy import Policy, agreed, device_of, gather, join_ranks, load_policy, ranks
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
 BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
@@ -118,11 +119,10 @@ def evaluate(policy: Policy, tokenizer: PreTrainedTokenizerBase, problems: Seque
              eos_ids: tuple[int, ...], label: str) -> dict[str, float]:
     """pass@1: every problem answered once, greedily, from its prompt alone; also printed after `label`.
     memory: GiB for generate()."""
-    start, records = time.perf_counter(), []
-    how = rollout.Sampling(eos_ids, len(tokenizer), temperature=0)
+    start, how = time.perf_counter(), rollout.Sampling(eos_ids, len(tokenizer), temperature=0)
     work = [(p, prompt, [], ()) for p, prompt in zip(problems, prompts)]
     evaluator = Evaluator(policy, tokenizer, how, checker, memory, max_response, 0)
-    evaluator.run(work, 1, records.append, "evaluation")
+    records = evaluator.run(work, 1, lambda record: None, "evaluation")
     names = {"correct": "accuracy", "tokens": "length", "finished": "finished_fraction"}
     result = {f"eval/{name}": float(np.mean([r[key] for r in records])) for key, name in names.items()}
     seconds = time.perf_counter() - start
@@ -144,14 +144,20 @@ class Evaluator:
     seed: int
 
     def run(self, work: Sequence[tuple[Problem, list[int], list[int], tuple[int, ...]]], samples: int,
-            keep: Callable[[dict], None], label: str) -> None:
-        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; `keep` gets a record of each.
-        What a row draws depends on the seed, the problem, the key and its number only."""
+            keep: Callable[[dict], None], label: str) -> list[dict]:
+        """Continue each (problem, prompt ids, prefix ids, key) `samples` times; the record of each, in order.
+        `keep` gets it as soon as it is there, on the rank that made it. What a row draws depends on the seed,
+        the problem, the key and its number only."""
         requests = [rollout.Request(prompt + prefix, max(1, self.max_response - len(prefix)),
                                     [(self.seed, int(p.id, 16), *key, row) for row in range(samples)])
                     for p, prompt, prefix, key in work]
-        rollout.generate(self.policy, requests, self.how, self.memory, label,
-                         lambda i, suffixes: keep(self.record(work[i][0], work[i][2], suffixes)))
+        records = {}
+
+        def finish(i: int, suffixes: list[rollout.Suffix]) -> None:
+            records[i] = self.record(work[i][0], work[i][2], suffixes)
+            keep(records[i])
+        rollout.generate(self.policy, requests, self.how, self.memory, label, finish)
+        return [record for _, record in sorted(gather(records).items())]
 
     def record(self, problem: Problem, prefix: list[int], suffixes: list[rollout.Suffix]) -> dict:
         """Lists over the samples: text, answer or None, the answer's cluster, correct, tokens, finished."""
@@ -296,20 +302,22 @@ def fail(program: str, code: int, error: object) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    join_ranks()
     args = parse(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if args.compare:
             compare(*args.compare)
             return 0
-        sets = load_problems(args)
+        sets, device = load_problems(args), device_of("auto")
         folder = data.find_model(args.model)
         tokenizer = data.load_tokenizer(folder)
         protocol = protocol_of(args, tokenizer, sets)
         out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
-        earlier = {name: resumed(out / f"responses-{name}.jsonl", fingerprint(protocol))
-                   for name in sets}
+        with agreed(ValueError, OSError):
+            earlier = {name: resumed(out / f"responses-{name}.jsonl", fingerprint(protocol))
+                       for name in sets if ranks()[0] == 0}
+        earlier = gather(earlier)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = load_policy(folder, len(tokenizer), device, dtype, weights=dtype)
         eos_ids = data.eos_ids(tokenizer, policy.model.generation_config.eos_token_id)
@@ -323,7 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
         return fail("eval.py", 2, error)
-    (out / "results.json").write_text(json.dumps({"protocol": protocol, "results": results}, indent=1) + "\n")
+    if ranks()[0] == 0:
+        text = json.dumps({"protocol": protocol, "results": results}, indent=1)
+        (out / "results.json").write_text(text + "\n")
     print_results(results)
     print(f"protocol, figures and responses: {out}")
     return 0
@@ -340,19 +350,14 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Probl
         raise ValueError(f"--max-response {args.max_response}: with the longest prompt of {path.stem} "
                          f"({longest} tokens) more than the {window} positions of {args.model}; give at most "
                          f"{max(1, window - longest)}, or other data")
-    start, records = time.perf_counter(), list(earlier)
-    with open(path, "a") as file:
-        def keep(record: dict) -> None:
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-
-        done = {r["id"] for r in records}
-        evaluator.run([(p, prompts[p.id], [], ()) for p in problems if p.id not in done], args.samples, keep,
-                      "responses")
-    figures = summarise(records)
+    start, done = time.perf_counter(), {r["id"] for r in earlier}
+    with open(path, "ab", buffering=0) as file:  # a line is one write, so that ranks do not mix theirs
+        work = [(p, prompts[p.id], [], ()) for p in problems if p.id not in done]
+        records = evaluator.run(work, args.samples, lambda r: file.write(f"{json.dumps(r)}\n".encode()),
+                                "responses")
+    figures = summarise(earlier + records)
     seconds = time.perf_counter() - start
-    sampled = sum(sum(r.get("tokens", [])) for r in records[len(earlier):])
+    sampled = sum(sum(r.get("tokens", [])) for r in records)
     return figures | {"seconds": seconds, "tokens_sampled": sampled, "tokens_per_s": sampled / seconds}
 
 

@@ -1,21 +1,32 @@
-"""The policy: a causal language model, checked at load, whose log-probs share each group's context.
+"""The policy: a causal language model, checked at load, whose log-probs share each group's context; ranks.
 
 Sizes: G suffixes of one context, P context tokens (prompt + cached prefix), S suffix length, N packed tokens,
 V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig,
                           PreTrainedModel)
 
@@ -387,6 +398,8 @@ class Policy(torch.nn.Module):
                      f"{dtype}, {error}")
             self.kernel = PLAIN
         self.logits_per_chunk = LOGITS_PER_CHUNK["cpu" if self.fused else "cuda"]
+        self.copies: list[Policy] = []  # one, made by `shard`; in a list, so that it is no submodule
+        self.stale = False  # the weights have changed since they were copied
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -428,6 +441,38 @@ class Policy(torch.nn.Module):
         out = self.model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
                                     layout=layout)
         return out.last_hidden_state.flatten(0, 1)
+
+    def shard(self) -> None:
+        """Spread weights, gradients and Adam states over the ranks (FSDP2). Log-probs with gradient then come
+        from `forward` only, which all ranks must call equally often; everything else uses `whole`."""
+        whole, mesh = copy.deepcopy(self), init_device_mesh(self.device.type, (ranks()[1],))
+        dtypes = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+        for layer, copied in zip(*(next(m for m in x.model.base_model.children()
+                                        if isinstance(m, torch.nn.ModuleList)) for x in (self, whole))):
+            fully_shard(layer, mesh=mesh, mp_policy=dtypes)
+            copied.to(self.dtype)
+        fully_shard(self, mesh=mesh)
+        self.copies = [whole]
+
+    @torch.no_grad()
+    def whole(self) -> Policy:
+        """This policy; if it is sharded, a copy with whole weights as they are now. All ranks call it."""
+        for whole in self.copies if self.stale else ():
+            for p, full in zip(self.parameters(), whole.parameters()):
+                full.copy_(p.full_tensor())
+            self.stale = False
+        return self.copies[0] if self.copies else self
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, whole, with tied weights once. All ranks call it."""
+        once = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return whole_tensors({name: x for name, x in self.model.state_dict().items() if name in once})
+
+    def add_gradients(self) -> None:
+        """Give every rank the sum of all ranks' gradients, where they are not sharded."""
+        for p in self.parameters() if ranks()[1] > 1 and not self.copies else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """states (n, hidden) -> (n, V) float32, padded embedding rows included."""
@@ -519,3 +564,98 @@ def halve_to_fit(work: Callable[[float], object], size: float, floor: float, opt
         say_once(f"out of memory: goes on with half of {option} {size:.6g}, which changes no result; give "
                  f"{option} {size / 2:.6g} to save the failed tries")
         size /= 2
+
+
+# What is random, timed or expensive is computed by one of torchrun's processes (ranks) and given to all by
+# `gather`; all else they compute alike from the same numbers. So only rounding depends on how many there are.
+def ranks() -> tuple[int, int]:
+    """(the number of this process, how many there are); without torchrun (0, 1)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(costs: Sequence[float]) -> list[int]:
+    """Which of these items this rank works on: the heaviest first, each to the rank with the least to do."""
+    rank, world = ranks()
+    load, mine = [0.0] * world, []
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = load.index(min(load))
+        load[least] += costs[i]
+        mine += [i] * (least == rank)
+    return sorted(mine)
+
+
+def gather(part: dict) -> dict:
+    """The parts of all ranks as one, on every rank. All ranks call it."""
+    parts = [part] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@contextlib.contextmanager
+def agreed(*kinds: type[Exception]) -> Iterator[None]:
+    """An error of these kinds on one rank in here is raised on all: none waits for one that has given up."""
+    error = None
+    try:
+        yield
+    except kinds as reason:
+        error = reason
+    errors = gather({ranks()[0]: str(error)} if error else {})
+    if errors:
+        raise error or kinds[0](errors[min(errors)])
+
+
+def join_ranks() -> None:
+    """Under torchrun, connect its processes: objects go by gloo, CUDA tensors by NCCL. Only rank 0 prints."""
+    if dist.is_initialized() or not dist.is_torchelastic_launched():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # long; _watch sees those that have died
+    if dist.get_rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    pids = {rank: pid for rank, (machine, pid) in
+            gather({dist.get_rank(): (os.environ["GROUP_RANK"], os.getpid())}).items()
+            if machine == os.environ["GROUP_RANK"]}
+    threading.Thread(target=_watch, args=(pids,), daemon=True).start()
+
+    def report(*error: object) -> None:
+        time.sleep(9)  # if a collective failed because another rank has died, _watch says so
+        sys.stderr = sys.__stderr__
+        sys.__excepthook__(*error)
+    sys.excepthook = report
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(9), sys.exit(143)))  # by torchrun, likewise
+
+
+def _watch(pids: dict[int, int]) -> None:
+    """End this process when another rank of this machine is gone: NCCL would wait for it for ever."""
+    while True:
+        time.sleep(1)
+        for rank, pid in pids.items():
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                time.sleep(3)  # for a run that ends on all ranks
+                print(f"error: rank {rank} has ended early, and this one with it; train.py goes on with "
+                      "--resume, eval.py with the same command", file=sys.__stderr__, flush=True)
+                os._exit(1)
+
+
+def whole_tensors(values: dict) -> dict:
+    """A state dict with each sharded tensor whole, on rank 0 only. All ranks call it."""
+    def whole(x: object) -> object:
+        if isinstance(x, DTensor):
+            full = x.full_tensor()
+            return full.cpu() if ranks()[0] == 0 else None
+        return {key: whole(item) for key, item in x.items()} if isinstance(x, dict) else x
+    return whole(values)
+
+
+def device_of(name: str) -> torch.device:
+    """auto: cuda if there is any, else cpu. Under torchrun each rank has the CUDA device of its number."""
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda" and ranks()[1] > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(device)
+    return device

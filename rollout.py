@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from policy import (Packed, Policy, Span, Tree, halve_to_fit, head_shape, merge_attention, pack,
-                    partial_attention)
+from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, head_shape, merge_attention, pack,
+                    partial_attention, share)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 
@@ -262,7 +262,8 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
              done_with: Callable[[int, list[Suffix]], None] | None = None) -> list[list[Suffix]]:
     """Continue each request's context once per seed; returns one list of suffixes per request, in order.
     memory: GiB for keys and values, halved when the device runs out of it. label: of the progress bar, which
-    appears after 5 seconds. done_with: called with the number of a request and its suffixes once complete.
+    appears after 5 seconds. done_with: called with the number of a request and its suffixes once complete, on
+    the rank that sampled them.
     Raises ValueError if a request has no context or no budget, or if a group alone does not fit into memory.
     """
     results: dict[int, list[Suffix]] = {}
@@ -272,7 +273,9 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
         raise ValueError("every request needs a context and room for at least one new token")
     context_len, suffix_len, group = (max(column) for column in zip(
         *((len(r.context), r.budget, len(r.seeds)) for r in requests)))
+    policy = policy.whole()
     size = group_bytes(policy.model.config, context_len, suffix_len, group, policy.dtype)
+    mine = share([len(r.context) + len(r.seeds) * r.budget for r in requests])
 
     def finish(i: int, suffixes: list[Suffix]) -> None:
         results[i] = suffixes
@@ -280,7 +283,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
             done_with(i, suffixes)
 
     def attempt(memory: float) -> None:
-        waiting = {i: r for i, r in enumerate(requests) if i not in results}  # finished ones are kept
+        waiting = {i: requests[i] for i in mine if i not in results}  # finished ones are kept
         contexts, rows = slots(*size, group, memory)
         contexts, rows = min(contexts, len(waiting)), min(rows, sum(len(r.seeds) for r in waiting.values()))
         decoder = Decoder(policy, contexts, rows, context_len, suffix_len)
@@ -288,6 +291,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
 
     with policy.autocast(), packed_weights(policy.model, suffix_len):
         halve_to_fit(attempt, memory, sum(size) / 2**30, "--rollout-memory")
+    results = gather(results)
     return [results[i] for i in range(len(requests))]
 
 

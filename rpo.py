@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from policy import Policy, Tree, halve_to_fit, pack, padded
+from policy import Policy, Tree, gather, halve_to_fit, pack, padded, ranks, share
 from rewards import Group
 
 GRAD_CLIP = 1.0  # largest gradient norm
@@ -109,10 +109,11 @@ def policy_loss(logprobs: torch.Tensor, mask: torch.Tensor, advantages: torch.Te
 
 
 def micro_batches(trees: Sequence[Tree], tokens_per_forward: float) -> list[list[Piece]]:
-    """Split into lists of at most `tokens_per_forward` packed tokens, longest first: the same gradient.
+    """Split this rank's share into lists of at most `tokens_per_forward` packed tokens, longest first.
     A tree that is too long alone is split by rows (its context is then computed once per piece)."""
     pieces: list[tuple[int, Piece]] = []
-    for i, tree in enumerate(trees):
+    for i in share([tree.packed_tokens for tree in trees]):
+        tree = trees[i]
         rows = max(1, int((tokens_per_forward - len(tree.context)) // max(map(len, tree.suffixes))))
         for start in range(0, len(tree.suffixes), rows):
             piece = i, range(start, min(start + rows, len(tree.suffixes)))
@@ -137,7 +138,8 @@ def rows_of(trees: Sequence[Tree], piece: Piece) -> Tree:
 def score(policy: Policy, trees: Sequence[Tree], temperature: float,
           tokens_per_forward: int) -> list[list[list[float]]]:
     """Log-probs of every suffix token under the policy, by tree and suffix."""
-    scores = [[[0.0] * len(suffix) for suffix in tree.suffixes] for tree in trees]
+    policy, mine = policy.whole(), share([tree.packed_tokens for tree in trees])
+    scores = {i: [[0.0] * len(suffix) for suffix in trees[i].suffixes] for i in mine}
 
     def work(size: float) -> None:
         for part in micro_batches(trees, size):
@@ -145,7 +147,8 @@ def score(policy: Policy, trees: Sequence[Tree], temperature: float,
             for (i, row), values in zip([(i, row) for i, rows in part for row in rows], logprobs.tolist()):
                 scores[i][row] = values[:len(trees[i].suffixes[row])]
     halve_to_fit(work, tokens_per_forward, SMALLEST_FORWARD, "--tokens-per-forward")
-    return scores
+    scores = gather(scores)
+    return [scores[i] for i in range(len(trees))]
 
 
 def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Optimizer,
@@ -167,12 +170,17 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
         def work(size: float) -> tuple[Counter, float]:
             return accumulate_gradient(policy, groups[i::updates], advantages[i::updates], old[i], ref[i],
                                        objective, temperature, size)
-        stats, gap = halve_to_fit(work, tokens_per_forward, SMALLEST_FORWARD, "--tokens-per-forward")
+        floor = tokens_per_forward if policy.copies else SMALLEST_FORWARD  # FSDP: not on one rank alone
+        part = halve_to_fit(work, tokens_per_forward, floor, "--tokens-per-forward")
+        policy.add_gradients()
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), GRAD_CLIP)))
         if math.isfinite(norms[-1]):
             optimizer.step()
-            sums.update(stats, norm=norms[-1])
-            gap_max = max(gap_max, gap)
+            policy.stale = True
+            sums["norm"] += norms[-1]
+            for stats, gap in gather({ranks()[0]: part}).values():
+                sums.update(stats)
+                gap_max = max(gap_max, gap)
         optimizer.zero_grad()
     policy.eval()
     finite = sum(map(math.isfinite, norms))
@@ -188,13 +196,18 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
 def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Sequence[Sequence[float]],
                         old: Logprobs | None, ref: Logprobs | None, objective: Objective, temperature: float,
                         tokens_per_forward: float) -> tuple[Counter, float]:
-    """Leave the gradient of one update in the policy: (sums over its tokens, largest sampling gap).
+    """Leave this rank's part of a gradient in the policy: (sums over its tokens, largest sampling gap).
     old: log-probs of the policy that sampled, None if it is this one; ref: of the reference policy, if any.
     """
     policy.zero_grad()
     sums, gap_max, denominator = Counter(), 0.0, loss_denominator(groups, objective.aggregation)
     trees, sampled = [Tree(g.context, g.suffixes) for g in groups], [g.logprobs for g in groups]
-    for part in micro_batches(trees, tokens_per_forward):
+    batches = micro_batches(trees, tokens_per_forward)
+    if policy.copies:  # FSDP takes the mean over the ranks, which need equally many micro-batches
+        denominator /= ranks()[1]
+        for _ in range(max(gather({ranks()[0]: len(batches)}).values()) - len(batches)):
+            policy(pack([Tree([0], [[0]])], policy.device))[0].sum().mul(0).backward()
+    for part in batches:
         def tensor(values: Logprobs | None) -> torch.Tensor | None:
             return values and padded([values[i][row] for i, rows in part for row in rows], torch.float32,
                                      policy.device)

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel,
                           PreTrainedTokenizerBase, Qwen2Model)
@@ -2352,6 +2353,169 @@ def test_every_sample_of_an_evaluation_has_its_own_seed():
 def test_bad_input_of_the_evaluation_is_one_sentence(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in error_of(evaluation.main, capsys, *arguments)
+
+
+# ------------------------------------------------------------------------------------ ranks
+
+
+def torchrun(count: int, *command: str) -> subprocess.Popen:
+    """`count` processes on gloo, one thread each."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.Popen([*start, *command], cwd=TINY.parent, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def train_on(count: int, folder: Path, **runs: list[str]) -> str:
+    """Whole runs in folder/NAME, one after the other in the same `count` processes; the screen's text."""
+    folder.mkdir(exist_ok=True)
+    (folder / "runs.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(TINY.parent)!r})
+import train
+for name, options in {runs!r}.items():
+    assert train.main([*options, "--out", {str(folder)!r} + "/" + name]) == 0
+""")
+    process = torchrun(count, str(folder / "runs.py"))
+    text = "".join(process.communicate())
+    assert process.returncode == 0, text
+    return text
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    """Up to rounding: metrics, cache, Adam's states, and the policy by the distance it was trained."""
+    gaps = Counter()
+    for got, want in zip(lines_of(out / "metrics.jsonl"), lines_of(whole / "metrics.jsonl"), strict=True):
+        assert got.keys() == want.keys()
+        gaps |= {n: abs(got[n] - want[n]) for n in got if not n.startswith(TIMINGS)}
+    assert gaps.pop("policy/sampling_gap_max", 0) < 1e-4  # the largest rounding error itself
+    worst = max([0, *gaps.values()])
+    assert worst < 1e-5
+    for name in ("cache.jsonl", "samples.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    got, want, start = (load_file(folder / "model.safetensors")
+                        for folder in (out / "policy", whole / "policy", TINY))
+    assert got.keys() == want.keys()  # tied weights once
+
+    def distance(a: dict, b: dict) -> float:
+        return math.sqrt(sum(float((a[name].double() - b[name]).square().sum()) for name in a))
+    far, moved = distance(got, want), distance(want, start)
+    print(f"largest gap of a metric {worst:.1e}, of the policy {far / moved:.1e} of {moved:.2g}")
+    assert moved > 0.01 and far < 1e-5 * moved
+    got, want = (torch.load((folder / "policy").resolve().parent / "optimizer.pt")["state"]
+                 for folder in (out, whole))
+    assert all(relative_error(got[i][key], want[i][key]) < 1e-3
+               for i in want for key in ("exp_avg", "exp_avg_sq"))
+
+
+MODES = {"dapo": ["--algo", "dapo", "--dynamic-rounds", "3"],
+         "grpo": ["--algo", "grpo", "--updates-per-rollout", "2", "--dynamic-rounds", "1"]}
+
+
+def test_two_processes_sharded_or_not_train_as_one(tmp_path):
+    """Two updates of 2 and 1 groups, so that a process has nothing to do in the second."""
+    options = [*QUICK, *MODES["grpo"], *reward_file(tmp_path / "r.py", tmp_path / "none", RISING), "--steps",
+               "2", "--eval-every", "0", "--tokens-per-forward", "900"]
+    assert train.main([*options, "--out", str(tmp_path / "one")]) == 0
+    text = train_on(2, tmp_path / "two", plain=options, shard=[*options, "--shard"])
+    assert text.count("problems, 0 held out") == 2  # only the first process prints
+    for name in ("plain", "shard"):
+        assert_same_run(tmp_path / "two" / name, tmp_path / "one")
+
+
+def six_steps(folder: Path) -> list[str]:
+    """Options of runs whose paths are all sampled in the first step."""
+    problems = write(folder / "problems.jsonl", *lines_of(TINY / "train.jsonl")[:12])
+    held_out = str(TINY / "test.jsonl")
+    return [*QUICK, "--data", problems, "--eval-data", held_out, "--eval-problems", "3", "--eval-every", "6",
+            "--steps", "6", "--lr", "1e-4"]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_trains_as_one_and_takes_over_from_any_other(tmp_path):
+    """A sharded run is stopped by a signal to one of its processes and goes on with 1 and with 4."""
+    six, stop = six_steps(tmp_path), tmp_path / "stop"
+    own = reward_file(tmp_path / "r.py", tmp_path / "2" / "stopped", f"""
+    if step == 2 and os.environ.get("RANK") == "1" and os.path.exists({str(stop)!r}):
+        os.remove({str(stop)!r})
+        os.kill(os.getpid(), signal.SIGTERM)
+    {RISING}""")
+    modes = {name: [*six, *own, *options] for name, options in MODES.items()}
+    sharded = {f"{name}_shard": [*options, "--shard", "--gradient-checkpointing"]
+               for name, options in modes.items()}
+    train_on(1, tmp_path / "1", **modes)
+    train_on(2, tmp_path / "2", **modes, **sharded)
+    stop.write_text("")
+    process = torchrun(2, "train.py", *sharded["dapo_shard"], "--out", str(tmp_path / "2" / "stopped"))
+    text = "".join(process.communicate())
+    assert process.returncode == 1 and text.count("stopped; go on with: python train.py --resume") == 1, text
+    assert 2 < len(lines_of(tmp_path / "2" / "stopped" / "metrics.jsonl")) < 6 and not stop.exists()
+    for count in ("1", "4"):
+        (tmp_path / count).mkdir(exist_ok=True)
+        shutil.copytree(tmp_path / "2" / "stopped", tmp_path / count / "resumed", symlinks=True)
+    train_on(4, tmp_path / "4", **modes, resumed=sharded["dapo_shard"])
+    train_on(1, tmp_path / "1", resumed=[*sharded["dapo_shard"], "--no-shard"])
+    for run in ("2/dapo", "2/grpo", "2/dapo_shard", "2/grpo_shard", "4/dapo", "4/grpo", "4/resumed",
+                "1/resumed"):
+        print(run, end=": ")
+        assert_same_run(tmp_path / run, tmp_path / "1" / ("grpo" if "grpo" in run else "dapo"))
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_within_a_minute_and_resume_goes_on(tmp_path):
+    """At random moments after set-up, in rollout, update, save and evaluation."""
+    options, rng = [*six_steps(tmp_path), *MODES["dapo"], "--save-every", "1"], np.random.default_rng(0)
+    begin = time.monotonic()
+    assert train.main([*options, "--out", str(tmp_path / "1")]) == 0
+    whole = time.monotonic() - begin
+    for _ in range(3):
+        begin, config = time.time(), tmp_path / "2" / "config.json"
+        process = torchrun(2, "train.py", *options, "--out", str(tmp_path / "2"))
+        while not config.exists() or config.stat().st_mtime < begin:  # which set-up writes
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 0.4) * whole)
+        ranks = ranks_of(process)
+        os.kill(ranks[rng.integers(2)], signal.SIGKILL)
+        killed = time.monotonic()
+        text = "".join(process.communicate(timeout=60))
+        print(f"ended {time.monotonic() - killed:.1f} s after one rank was killed")
+        assert process.returncode == 1 and text.count("has ended early, and this one with it") == 1, text
+        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    train_on(2, tmp_path, **{"2": options})
+    assert_same_run(tmp_path / "2", tmp_path / "1")
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    command = ["pgrep", "-P", str(process.pid), "-f", "train.py"]
+    return [int(pid) for pid in subprocess.run(command, capture_output=True, text=True).stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body, word", [(None, "--max-cut 0"), ("raise KeyError(1)", "--reward-file")])
+def test_a_mistake_is_one_sentence_also_of_several_processes(body, word, tmp_path):
+    wrong = ["--max-cut", "0"] if body is None else reward_file(
+        tmp_path / "r.py", tmp_path / "none", f"if len(texts) > 1 and os.environ['RANK'] == '1': {body}\n"
+        "    return [0.0] * len(texts)")
+    process = torchrun(2, "train.py", *QUICK, "--eval-every", "0", *wrong, "--out", str(tmp_path / "run"))
+    text = "".join(process.communicate())
+    assert process.returncode == 1 and text.count("train.py: error: ") == 1 and word in text, text
+
+
+@pytest.mark.slow
+def test_an_evaluation_on_two_processes_gives_the_same_figures_and_goes_on(tmp_path):
+    source = write(tmp_path / "easy.jsonl", *lines_of(TINY / "test.jsonl")[:7])
+    options = ["--data", source, "--samples", "2", "--temperature", "0.8"]
+    want = evaluated(tmp_path / "1", *options)["results"]["easy"]
+    for lines in (None, 4):  # from the start, and from a file that lacks the last records
+        path = tmp_path / "2" / "responses-easy.jsonl"
+        if lines:
+            path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:lines])[:-9])
+        process = torchrun(2, "eval.py", *EVAL, *options, "--out", str(tmp_path / "2"))
+        text = "".join(process.communicate())
+        assert process.returncode == 0 and text.count("protocol, figures and responses") == 1, text
+        got = json.loads((tmp_path / "2" / "results.json").read_text())["results"]["easy"]
+        timed = ("seconds", "tokens_sampled", "tokens_per_s")
+        assert [got[k] for k in want if k not in timed] == [want[k] for k in want if k not in timed]
+        assert len({r["id"] for r in lines_of(path)[1:]}) == len(lines_of(path)) - 1 == 7
 
 
 @pytest.mark.slow  # the headline of the README: minutes

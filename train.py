@@ -32,6 +32,8 @@ import signal
 import sys
 import threading
 import time
+import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
 
@@ -51,7 +54,8 @@ import rollout
 import rpo
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import LOGITS_PER_CHUNK, Policy, Tree, head_shape, load_policy, load_shape
+from policy import (LOGITS_PER_CHUNK, Policy, Tree, agreed, device_of, gather, head_shape, join_ranks,
+                    load_policy, load_shape, ranks, share, whole_tensors)
 from rewards import Group
 
 
@@ -122,6 +126,8 @@ class Config:
                         ("auto", "float32", "bfloat16"))
     tokens_per_forward: int = option(16384, "tokens of a micro-batch: bounds memory, not the gradient", 1)
     gradient_checkpointing: bool = option(True, "compute layers again in the backward pass, to save memory")
+    shard: bool = option(False, "spread weights, gradients and Adam states over the processes (FSDP2), "
+                                "for models that do not fit on one card; else slower")
     rollout_memory: float = option(0.0, "GiB for keys and values; 0: most of what is left on a GPU, 1/4 of a "
                                         "CPU's")
     dry_run: float = option(0.0, "print what a run needs of this device, or of a GPU of X GB, and end", -1)
@@ -151,6 +157,14 @@ class State:
     log_bytes: dict = field(default_factory=dict)  # size of the logs without them
 
 
+class Checker(answers.Checker):
+    """One of these on every rank, whose counts are those of all."""
+
+    def take_counts(self) -> dict[str, float]:
+        parts = gather({ranks()[0]: super().take_counts()}).values()
+        return {name: sum(part[name] for part in parts) for name in super().take_counts()}
+
+
 class Task(NamedTuple):
     """What the policy is trained on."""
     problems: list[Problem]
@@ -164,7 +178,7 @@ class Task(NamedTuple):
 ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # options that may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "dry_run", "out", "resume")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "dry_run", "out", "resume", "shard")
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}  # states of a parameter
 
 
@@ -242,15 +256,27 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
-        warned = warn_once(state.metrics, warned)
+        warned, stopping = warn_once(state.metrics, warned), agree(state, stop)
         bar.set_postfix_str("reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix "
                             "{response/suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**state.metrics))
-        if c.save_every and step % c.save_every == 0 or step == c.steps or stop.is_set():
+        if c.save_every and step % c.save_every == 0 or step == c.steps or stopping:
             save_checkpoint(c, out, task, policy, optimizer, state)  # before the evaluation, which may fail
-        if stop.is_set():
+        if stopping:
             return None
         state = finish_step(c, out, task, policy, eos, rule.checker, memory, state, start)
     return state
+
+
+def agree(state: State, stop: threading.Event) -> bool:
+    """Has any rank been told to stop? Raises OSError if the ranks do not have the same cache and counters."""
+    crc, counters = 0, replace(state, paths={}, metrics={}, log_bytes={}, seconds=0.0, eval_seconds=0.0)
+    for key, path in state.paths.items() if ranks()[1] > 1 else ():
+        text = repr((key, {**vars(path), "response_ids": 0}))
+        crc = zlib.crc32(array("i", path.response_ids), zlib.crc32(text.encode(), crc))
+    seen = gather({ranks()[0]: (zlib.crc32(repr(counters).encode(), crc), stop.is_set())}).values()
+    if len({crc for crc, _ in seen}) > 1:
+        raise OSError(f"step {state.step}: the ranks have not the same cache and counters (a bug or a fault)")
+    return any(stopped for _, stopped in seen)
 
 
 def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[Problem]:
@@ -265,9 +291,11 @@ def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Poli
                 rule: rewards.RewardRule, memory: float) -> tuple[Paths, int]:
     """A path per problem (eq. 1), correct or not, by problem id; the tokens generated for them. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
-    correct = rewards.grade([(p, p.solution) for p in given], rule.checker)
-    paths = {p.id: cache.Entry(task.solutions[p.id], float(ok), ok, len(task.solutions[p.id]), 0)
-             for p, ok in zip(given, correct)}
+    mine = share([1] * len(given))
+    verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
+    correct = gather(dict(zip(mine, verdicts)))
+    paths = {p.id: cache.Entry(task.solutions[p.id], float(correct[i]), correct[i],
+                               len(task.solutions[p.id]), 0) for i, p in enumerate(given)}
     visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in task.solutions]
     requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
@@ -314,18 +342,21 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
                 rule: rewards.RewardRule) -> list[Group]:
-    """The visits with their suffixes, graded and rewarded as whole responses."""
-    texts = [tokenizer.batch_decode([prefix + s.ids for s in row], skip_special_tokens=True)
-             for (_, _, prefix), row in zip(visits, suffixes)]
-    responses = [(visit[0], text) for visit, row in zip(visits, texts) for text in row]
-    verdicts = iter(rewards.grade(responses, rule.checker))
-    groups = []
-    for (problem, prompt, prefix), request, row, text in zip(visits, requests, suffixes, texts):
-        correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
-        paid, parts = rewards.reward(problem, text, lengths, correct, rule)
-        groups.append(Group(problem, prompt, prefix, request.budget, [s.ids for s in row],
-                            [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts))
-    return groups
+    """The visits with their suffixes, graded and rewarded as whole responses, each on one rank."""
+    groups, mine = {}, share([sum(len(s.ids) for s in row) for row in suffixes])
+    with agreed(rewards.RewardFileError):
+        texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
+                                           skip_special_tokens=True) for i in mine}
+        pairs = [(visits[i][0], text) for i in mine for text in texts[i]]
+        verdicts = iter(rewards.grade(pairs, rule.checker))
+        for i in mine:
+            (problem, prompt, prefix), row = visits[i], suffixes[i]
+            correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
+            paid, parts = rewards.reward(problem, texts[i], lengths, correct, rule)
+            groups[i] = Group(problem, prompt, prefix, requests[i].budget, [s.ids for s in row],
+                              [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts)
+    groups = gather(groups)
+    return [groups[i] for i in range(len(visits))]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, c: Config, step: int) -> float:
@@ -343,7 +374,8 @@ def report_skipped(out: Path, step: int, groups: list[Group], norms: list[float]
         in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
         if in_a_row:
             path = out / f"skipped-{step}-{i + 1}.json"
-            path.write_text(json.dumps([dataclasses.asdict(group) for group in groups[i::len(norms)]]))
+            if ranks()[0] == 0:
+                path.write_text(json.dumps([dataclasses.asdict(group) for group in groups[i::len(norms)]]))
             tqdm.write(f"step {step}: gradient norm {norm}: update skipped, its groups are in {path}")
     return in_a_row
 
@@ -428,20 +460,25 @@ def write_samples(out: Path, step: int, groups: Sequence[Group], tokenizer: PreT
 
 
 def append(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    if ranks()[0] == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer: torch.optim.Optimizer,
                     state: State) -> None:
-    """A new folder that is renamed when complete; if that fails, the one before stays and a line says so."""
+    """A new folder that is renamed when complete; if that fails, the one before stays and a line says so.
+    Rank 0 writes it, the others wait."""
     new, final = out / "checkpoint.tmp", out / f"checkpoint-{state.step:06d}"
+    weights, adam = policy.weights(), whole_tensors(optimizer.state_dict())
     try:
+        if ranks()[0] > 0:
+            return
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        policy.model.save_pretrained(new / "policy")  # hub format, float32
+        policy.model.save_pretrained(new / "policy", state_dict=weights)  # hub format, float32
         task.tokenizer.save_pretrained(new / "policy")
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        torch.save(adam, new / "optimizer.pt")
         cache.save(state.paths, new / "cache.jsonl", cache.fingerprint(task.tokenizer.get_vocab()))
         problems = cache.fingerprint(sorted(p.id for p in task.problems))
         record = {"problems": problems} | vars(replace(state, paths={}))
@@ -461,6 +498,8 @@ def save_checkpoint(c: Config, out: Path, task: Task, policy: Policy, optimizer:
         shutil.rmtree(new, ignore_errors=True)
         tqdm.write(f"step {state.step}: the checkpoint could not be written ({error}); "
                    "the one before is kept, the run goes on")
+    finally:
+        gather({})
 
 
 def load_state(checkpoint: Path, task: Task) -> State:
@@ -475,8 +514,9 @@ def load_state(checkpoint: Path, task: Task) -> State:
 
 def write_json(path: Path, value: object) -> None:
     """Completely or not at all."""
-    (path.parent / "tmp").write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(path.parent / "tmp", path)
+    if ranks()[0] == 0:
+        (path.parent / "tmp").write_text(json.dumps(value, indent=2) + "\n")
+        os.replace(path.parent / "tmp", path)
 
 
 def stored_config(out: Path, flag: str) -> dict[str, object]:
@@ -506,10 +546,10 @@ def check_folder(out: Path, config: Config) -> object:
 
 
 def lock_folder(out: Path) -> object:
-    """Held until the file is closed, also by the end of the process, however that comes about."""
+    """Held until the file is closed, also by the end of the process, however that comes about; by rank 0."""
     file = open(out / "lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN if ranks()[0] else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise ValueError(f"--out {out}: another process is training in this folder; wait for its end or give "
                          "another folder") from error
@@ -561,16 +601,20 @@ def check_config(c: Config) -> Config:
     if c.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optimizer adamw8bit: needs the package bitsandbytes, which is not installed: "
                          "pip install bitsandbytes")
+    if c.shard and ranks()[1] == 1:
+        raise ValueError("--shard: one process has nothing to spread its weights over; start with torchrun "
+                         "--nproc-per-node N, or give --no-shard")
     if c.device not in ("auto", "cpu") and not (c.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {c.device}: there is no such device here; give auto, cpu or cuda")
     return c
 
 
+@agreed(ValueError, OSError)
 def prepare(c: Config) -> tuple[object, tuple]:
     """The lock of the run folder, None for a new run, and the arguments of `train` from `out` to `state`.
     What can go wrong goes wrong here, cheap things first, before anything is written: ValueError or OSError.
     """
-    now = time.strftime("%Y%m%d-%H%M%S")
+    now = gather({-ranks()[0]: time.strftime("%Y%m%d-%H%M%S")})[0]
     out = Path(c.out or f"runs/{Path(c.model).name}-{c.algo}-{c.rollout}-{now}")
     lock = check_folder(out, c)
     checkpoint = max(out.glob("checkpoint-*[0-9]"), default=None) if lock else None
@@ -581,8 +625,8 @@ def prepare(c: Config) -> tuple[object, tuple]:
     own = rewards.RewardFile(c.reward_file) if c.reward_file else None
     if own:
         own(task.problems[0], [task.problems[0].solution], [1], [True])  # find its mistakes before the run
-    rule = rewards.RewardRule(answers.Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
-    device, vocab_size = device_of(c), len(task.tokenizer)
+    rule = rewards.RewardRule(Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
+    device, vocab_size = device_of(c.device), len(task.tokenizer)
     dtype = dtype_of(c, device.type)
     check_fits(c, load_shape(folder), device.type, device_bytes(device))
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
@@ -590,6 +634,8 @@ def prepare(c: Config) -> tuple[object, tuple]:
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
     if c.gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    if c.shard:
+        policy.shard()
     state = load_state(checkpoint, task) if checkpoint else State()
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
@@ -660,10 +706,6 @@ def device_bytes(device: torch.device) -> int:
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def device_of(c: Config) -> torch.device:
-    return torch.device(c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-
-
 def dtype_of(c: Config, device: str) -> torch.dtype:
     half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda"
     return torch.bfloat16 if half else torch.float32
@@ -725,7 +767,7 @@ def check_fits(c: Config, model: PreTrainedModel, device: str, total: float) -> 
 
 def dry_run(c: Config) -> str:
     """What a run would need, as a table."""
-    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c)
+    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c.device)
     kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run > 0 else (device.type, device_bytes(device))
     shards = int(os.environ.get("WORLD_SIZE", 1))
     plans = memory_plan(c, model, kind, total, shards)
@@ -753,7 +795,11 @@ def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.
     else:
         optimizer = torch.optim.AdamW(groups, lr=c.lr, fused=policy.device.type == "cuda" or None)
     if checkpoint:
-        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+        states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=c.shard)
+        parameters = [p for group in groups for p in group["params"]]
+        for p, adam in [(parameters[i], adam) for i, adam in states["state"].items()] if c.shard else ():
+            for name in ("exp_avg", "exp_avg_sq"):
+                adam[name] = distribute_tensor(adam[name], p.device_mesh, p.placements, src_data_rank=None)
         optimizer.load_state_dict(states)  # which moves them to their parameters, one by one
     return optimizer
 
@@ -777,6 +823,7 @@ def print_summary(c: Config, out: Path, held_out: int, last: State) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    join_ranks()
     config, stop = parse_config(sys.argv[1:] if arguments is None else arguments), threading.Event()
     try:
         if config.dry_run:
@@ -792,12 +839,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tqdm.write("signal: the run ends with a checkpoint after this step; once more: at once, without")
     try:
         lock, (out, task, policy, *others, rule, state) = prepare(config)
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock or lock_folder(out)
-        write_json(out / "config.json", vars(config))
-        for name in LOGS:  # lines from after the checkpoint come again
-            if (out / name).exists():
-                os.truncate(out / name, state.log_bytes.get(name, 0))
+        with agreed(ValueError, OSError):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = lock or lock_folder(out)
+            write_json(out / "config.json", vars(config))
+            for name in LOGS:  # lines from after the checkpoint come again
+                if (out / name).exists():
+                    os.truncate(out / name, state.log_bytes.get(name, 0))
     except (ValueError, OSError) as error:
         return fail("train.py", 2, error)
     tqdm.write(f"{config.model}: {policy.model.num_parameters() / 1e6:.1f} M parameters on {policy.device}, "
@@ -816,6 +864,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a log that cannot be written
         return fail("train.py", 1, f"{error}; the checkpoint is complete: go on with --resume {out}")
     except torch.OutOfMemoryError as error:
+        sys.stderr = sys.__stderr__  # whichever rank it is
         return fail("train.py", 1, f"out of memory: lower --tokens-per-forward or --rollout-memory ({error})")
     except KeyboardInterrupt:
         pass
@@ -824,6 +873,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
         lock.close()
     print(f"stopped; go on with: python train.py --resume {shlex.quote(str(out))}")
+    time.sleep(ranks()[0] > 0)  # torchrun stops the others, rank 0 too, when one has ended like this
     return 130
 
 
