@@ -253,6 +253,7 @@ class Policy(torch.nn.Module):
         self.model, self.vocab_size, self.dtype = model, vocab_size, dtype
         self.fused = model.device.type == "cpu"  # kernels that return the log-sum-exp parts are merged by
         self.logits_per_chunk = LOGITS_PER_CHUNK
+        self.paged_attention: Callable | None = None  # that of rollout.py:PagedDecoder, where it is used
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
