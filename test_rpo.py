@@ -1777,11 +1777,11 @@ def test_out_of_memory_at_the_end_is_one_sentence(tmp_path, capsys):
     assert "--tokens-per-forward" in capsys.readouterr().err
 
 
-def run_of_one_verdict(out: Path, verdict: bool, *options: str) -> list[dict]:
-    """A run whose responses are all called right, or all wrong."""
+def run_of_one_verdict(out: Path, verdict: bool | Callable[[int], list[bool]], *options: str) -> list[dict]:
+    """A run whose responses are all called right, or all wrong, or what a function of their number says."""
     class Always(Checker):
         def check(self, pairs):
-            return [verdict] * len(pairs)
+            return [verdict] * len(pairs) if isinstance(verdict, bool) else verdict(len(pairs))
     config = train.parse_config([*QUICK, "--eval-every", "0", "--max-response", "60", "--out", str(out),
                                  *options])
     _, parts = train.prepare(config)
@@ -1799,6 +1799,20 @@ def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, c
     assert [(m["group/missing"], m["group/trained"]) for m in metrics] == [(3, 0)] * 3
     said = capsys.readouterr().out
     assert said.count("group/missing is 3") == said.count("--dynamic-rounds") == 1 and "(said once)" in said
+
+
+def test_further_rounds_ask_for_what_the_acceptance_so_far_says(tmp_path):
+    mixed, rounds = iter([4, 1, 2]), []  # groups of mixed accuracy in each round
+
+    def verdict(count: int) -> list[bool]:
+        rounds.append(count // 2)
+        good = next(mixed)
+        return [True, False] * good + [False] * (count - 2 * good)
+    (metrics,) = run_of_one_verdict(tmp_path / "run", verdict, "--steps", "1", "--rollout", "full", "--group-size",
+                                    "2", "--problems-per-step", "6", "--dynamic-rounds", "9", "--max-response", "9")
+    # 2 missing after 4 of 6: 2 * 7 / 5 is 2.8; then 1 missing after 5 of 9: 10 / 6 is 1.7
+    assert rounds == [6, 3, 2]
+    assert (metrics["group/sampled"], metrics["group/trained"], metrics["group/missing"]) == (11, 6, 0)
 
 
 @pytest.mark.parametrize("options, trains", [
