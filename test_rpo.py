@@ -203,9 +203,10 @@ def emulated_paged_attention(query, key, value, starts, longest, used, pages, sc
 
 
 def ragged_requests() -> list[rollout.Request]:
-    return [rollout.Request(context, budget, [(i, row) for row in range(group)]) for i, (context, budget, group)
-            in enumerate(zip(token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2]), [12, 5, 20, 1, 37, 14, 30, 21],
-                             [1, 3, 2, 1, 4, 2, 3, 4]))]
+    contexts = token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2])
+    sizes = zip(contexts, [12, 5, 20, 1, 37, 14, 30, 21], [1, 3, 2, 1, 4, 2, 3, 4])
+    return [rollout.Request(context, budget, [(i, row) for row in range(group)])
+            for i, (context, budget, group) in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("page, memory, eos, top_p", [
@@ -241,7 +242,8 @@ def test_a_step_in_static_shapes_never_waits_for_the_device_and_casts_no_weight(
     model = random_model("Qwen2", hidden_size=24, vocab_size=300)  # no activation has the shape of a weight
     policy = Policy(model, 290, torch.bfloat16)
     policy.paged_attention = lambda query, *rest: (query, query[..., 0].float())  # the emulated one does wait
-    decoder, context = rollout.PagedDecoder(policy, [rollout.Request([3, 4, 5], 9, [(0,)] * 5)], 1.0), [3, 4, 5]
+    context = [3, 4, 5]
+    decoder = rollout.PagedDecoder(policy, [rollout.Request(context, 9, [(0,)] * 5)], 1.0)
     ids, how = torch.arange(5), rollout.Sampling((2,), 290)
     with torch.no_grad(), policy.autocast():
         assert all(decoder.enter(0, context) for _ in range(5))
@@ -258,7 +260,8 @@ def test_a_step_in_static_shapes_never_waits_for_the_device_and_casts_no_weight(
 
 
 def test_the_cuda_kernel_takes_what_the_decoder_gives_it():
-    kv, numbers = torch.empty(9, 256, 2, 64, device="meta", dtype=torch.bfloat16), torch.empty(5, device="meta")
+    kv = torch.empty(9, 256, 2, 64, device="meta", dtype=torch.bfloat16)
+    numbers = torch.empty(5, device="meta")
     out, lse = rollout.paged_attention(kv.new_empty(12, 2, 64), kv, kv, numbers.int(), 6, numbers[:4].int(),
                                        numbers.new_empty(4, 3).int(), 0.125)
     assert out.shape == (12, 2, 64) and lse.shape == (12, 2) and lse.dtype == torch.float32
@@ -1808,9 +1811,10 @@ def test_further_rounds_ask_for_what_the_acceptance_so_far_says(tmp_path):
         rounds.append(count // 2)
         good = next(mixed)
         return [True, False] * good + [False] * (count - 2 * good)
-    (metrics,) = run_of_one_verdict(tmp_path / "run", verdict, "--steps", "1", "--rollout", "full", "--group-size",
-                                    "2", "--problems-per-step", "6", "--dynamic-rounds", "9", "--max-response", "9")
-    # 2 missing after 4 of 6: 2 * 7 / 5 is 2.8; then 1 missing after 5 of 9: 10 / 6 is 1.7
+    (metrics,) = run_of_one_verdict(
+        tmp_path / "run", verdict, *"--steps 1 --rollout full --group-size 2 --problems-per-step 6".split(),
+        *"--dynamic-rounds 9 --max-response 9".split())
+    # 2 missing after 4 of 6: 2 / (5 / 7) is 2.8; then 1 missing after 5 of 9: 1 / (6 / 10) is 1.7
     assert rounds == [6, 3, 2]
     assert (metrics["group/sampled"], metrics["group/trained"], metrics["group/missing"]) == (11, 6, 0)
 

@@ -182,8 +182,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
-            need = (c.problems_per_step - len(trained)) * (state.visits - before.visits + 1) / (len(trained) + 1)
-            visited = range(state.visits, state.visits + min(c.problems_per_step, math.ceil(need)))
+            share = (len(trained) + 1) / (state.visits - before.visits + 1)
+            count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
+            visited = range(state.visits, state.visits + count)
             problems = problems_of(task.problems, c.seed, visited)
             prefixes = [[] for _ in problems]  # of full paths
             if c.rollout == "rpo":
