@@ -269,6 +269,7 @@ def test_the_cuda_kernel_takes_what_the_decoder_gives_it():
 
 @pytest.mark.parametrize("fault, reason", [
     (lambda out, lse: (out, lse), ""), (lambda out, lse: (out, lse / math.log(2)), "log-probs differ by"),
+    (lambda out, lse: (out * math.nan, lse), "log-probs differ by"),
     (lambda out, lse: torch.empty(-1), "negative dimension")])
 def test_decoding_in_static_shapes_is_used_only_where_it_works(fault, reason, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "PAGE", 16)

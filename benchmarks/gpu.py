@@ -135,7 +135,7 @@ def main() -> None:
     if device.type == "cpu" and not args.toy:
         command.error("no GPU here: --toy shows that this file works")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    print(f"{'toy' if args.toy else '1.5B'}, {machine()}, {card}; {problems} problems, {group} responses each\n")
+    print(f"{'toy' if args.toy else '1.5B'}, {machine()}, {card}, {problems} problems x {group} responses\n")
     print(head("what", "time", "peak GiB"))
     result = {}
 
