@@ -320,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         earlier = gather(earlier)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         policy = load_policy(folder, len(tokenizer), device, dtype, weights=dtype)
+        rollout.use_pages(policy)
         eos_ids = data.eos_ids(tokenizer, policy.model.generation_config.eos_token_id)
         cut = functools.partial(truncate, top_p=args.top_p, top_k=args.top_k)
         how = rollout.Sampling(eos_ids, len(tokenizer), args.temperature,

@@ -400,6 +400,7 @@ class Policy(torch.nn.Module):
         self.logits_per_chunk = LOGITS_PER_CHUNK["cpu" if self.fused else "cuda"]
         self.copies: list[Policy] = []  # one, made by `shard`; in a list, so that it is no submodule
         self.stale = False  # the weights have changed since they were copied
+        self.paged_attention: Callable | None = None  # that of rollout.py:PagedDecoder, where it is used
         for module in model.modules():  # sampling and training forward must be the same function: no dropout
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -191,6 +191,96 @@ def test_out_of_memory_while_sampling_halves_the_memory_and_keeps_what_is_finish
         rollout.generate(policy, requests, how, 0.013)
 
 
+def emulated_paged_attention(query, key, value, starts, longest, used, pages, scaling):
+    """What the CUDA kernel computes, segment by segment; NaN where it leaves memory as it is."""
+    out, lse = torch.full_like(query, math.nan), torch.full(query.shape[:2], math.nan)
+    for start, end, n, own in zip(starts.tolist(), starts.tolist()[1:], used.tolist(), pages.tolist()):
+        assert 0 <= end - start <= longest and end <= len(query) and n <= len(own) * rollout.PAGE
+        if start < end:
+            k, v = (x[own].flatten(0, 1)[:n].transpose(0, 1).double() for x in (key, value))
+            scores = query[start:end].transpose(0, 1).double() @ k.transpose(1, 2) * scaling
+            out[start:end] = (scores.softmax(-1) @ v).transpose(0, 1).to(query.dtype)
+            lse[start:end] = scores.logsumexp(-1).T
+    return out, lse
+
+
+def ragged_requests() -> list[rollout.Request]:
+    contexts = token_lists(1, [3, 17, 1, 30, 9, 17, 25, 2])
+    sizes = zip(contexts, [12, 5, 20, 1, 37, 14, 30, 21], [1, 3, 2, 1, 4, 2, 3, 4])
+    return [rollout.Request(context, budget, [(i, row) for row in range(group)])
+            for i, (context, budget, group) in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("page, memory, eos, top_p", [
+    (256, 1.0, (3, 4, 5), 1.0), (4, 1.0, (3, 4, 5), 0.8), (4, 1e-4, (), 1.0)])  # the last: rows make room
+def test_decoding_in_static_shapes_gives_the_same_ids_and_logprobs(page, memory, eos, top_p, monkeypatch):
+    monkeypatch.setattr(rollout, "PAGE", page)
+    policy, requests, rows = Policy(in_float64(random_model("Qwen2")), VOCAB), ragged_requests(), set()
+    cut = (lambda weights: evaluation.truncate(weights, top_p, 0)) if top_p < 1 else None
+    how = rollout.Sampling(eos, VOCAB, 0.9, cut)
+    want = rollout.generate(policy, requests, how, 1.0)
+    policy.paged_attention = emulated_paged_attention
+    with hooked(Qwen2Model, after=lambda out: rows.add(len(out.last_hidden_state))):
+        got = rollout.generate(policy, requests, how, memory)
+    assert rows >= ({8, 32} if memory == 1.0 else {8, 16})
+    for a, b in zip(itertools.chain(*got), itertools.chain(*want)):
+        assert a.ids == b.ids and a.finished == b.finished
+        assert np.allclose(a.logprobs, b.logprobs, rtol=0, atol=5e-6)
+
+
+class Calls(TorchDispatchMode):
+    """(operation, shape of its first argument) of all that runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append((func.overloadpacket.__name__, tuple(getattr(args[0], "shape", ())) if args else ()))
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_in_static_shapes_never_waits_for_the_device_and_casts_no_weight():
+    model = random_model("Qwen2", hidden_size=24, vocab_size=300)  # no activation has the shape of a weight
+    policy = Policy(model, 290, torch.bfloat16)
+    policy.paged_attention = lambda query, *rest: (query, query[..., 0].float())  # the emulated one does wait
+    context = [3, 4, 5]
+    decoder = rollout.PagedDecoder(policy, [rollout.Request(context, 9, [(0,)] * 5)], 1.0)
+    ids, how = torch.arange(5), rollout.Sampling((2,), 290)
+    with torch.no_grad(), policy.autocast():
+        assert all(decoder.enter(0, context) for _ in range(5))
+        decoder.prefill({0: context})
+        assert decoder.start(3)
+        with Calls() as calls:
+            for numbers in torch.rand(3, 5):
+                ids, _ = rollout.sample(decoder.decode(ids), numbers, how)
+    names = Counter(name for name, _ in calls.seen)
+    waits = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "lift_fresh", "equal"}
+    assert names["searchsorted"] == 6 and not waits & names.keys()
+    weights = {tuple(p.shape) for p in model.parameters() if p.ndim == 2}
+    assert not weights & {shape for name, shape in calls.seen if name == "_to_copy"}
+
+
+def test_the_cuda_kernel_takes_what_the_decoder_gives_it():
+    kv = torch.empty(9, 256, 2, 64, device="meta", dtype=torch.bfloat16)
+    numbers = torch.empty(5, device="meta")
+    out, lse = rollout.paged_attention(kv.new_empty(12, 2, 64), kv, kv, numbers.int(), 6, numbers[:4].int(),
+                                       numbers.new_empty(4, 3).int(), 0.125)
+    assert out.shape == (12, 2, 64) and lse.shape == (12, 2) and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize("fault, reason", [
+    (lambda out, lse: (out, lse), ""), (lambda out, lse: (out, lse / math.log(2)), "log-probs differ by"),
+    (lambda out, lse: (out * math.nan, lse), "log-probs differ by"),
+    (lambda out, lse: torch.empty(-1), "negative dimension")])
+def test_decoding_in_static_shapes_is_used_only_where_it_works(fault, reason, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "PAGE", 16)
+    policy = Policy(random_model("Llama"), VOCAB)
+    rollout.use_pages(policy, lambda *arguments: fault(*emulated_paged_attention(*arguments)))
+    assert bool(policy.paged_attention) == (not reason)
+    assert reason in capsys.readouterr().out and (reason or not rollout.use_pages(policy))
+
+
 def test_slots_and_bytes_by_hand():
     # a token: keys and values of 3 layers, 2 heads of 8, 4 bytes: 384; logits of 64 ids: 256 bytes a copy
     context, rows = rollout.group_bytes(random_model("Qwen2").config, 10, 5, 4, torch.float32)
@@ -1837,11 +1927,11 @@ def test_out_of_memory_at_the_end_is_one_sentence(tmp_path, capsys):
     assert "--tokens-per-forward" in capsys.readouterr().err
 
 
-def run_of_one_verdict(out: Path, verdict: bool, *options: str) -> list[dict]:
-    """A run whose responses are all called right, or all wrong."""
+def run_of_one_verdict(out: Path, verdict: bool | Callable[[int], list[bool]], *options: str) -> list[dict]:
+    """A run whose responses are all called right, or all wrong, or what a function of their number says."""
     class Always(Checker):
         def check(self, pairs):
-            return [verdict] * len(pairs)
+            return [verdict] * len(pairs) if isinstance(verdict, bool) else verdict(len(pairs))
     config = train.parse_config([*QUICK, "--eval-every", "0", "--max-response", "60", "--out", str(out),
                                  *options])
     _, parts = train.prepare(config)
@@ -1859,6 +1949,21 @@ def test_groups_without_spread_give_no_gradient_but_update_the_cache(tmp_path, c
     assert [(m["group/missing"], m["group/trained"]) for m in metrics] == [(3, 0)] * 3
     said = capsys.readouterr().out
     assert said.count("group/missing is 3") == said.count("--dynamic-rounds") == 1 and "(said once)" in said
+
+
+def test_further_rounds_ask_for_what_the_acceptance_so_far_says(tmp_path):
+    mixed, rounds = iter([4, 1, 2]), []  # groups of mixed accuracy in each round
+
+    def verdict(count: int) -> list[bool]:
+        rounds.append(count // 2)
+        good = next(mixed)
+        return [True, False] * good + [False] * (count - 2 * good)
+    (metrics,) = run_of_one_verdict(
+        tmp_path / "run", verdict, *"--steps 1 --rollout full --group-size 2 --problems-per-step 6".split(),
+        *"--dynamic-rounds 9 --max-response 9".split())
+    # 2 missing after 4 of 6: 2 / (5 / 7) is 2.8; then 1 missing after 5 of 9: 1 / (6 / 10) is 1.7
+    assert rounds == [6, 3, 2]
+    assert (metrics["group/sampled"], metrics["group/trained"], metrics["group/missing"]) == (11, 6, 0)
 
 
 @pytest.mark.parametrize("options, trains", [

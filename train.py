@@ -201,7 +201,10 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
-            visited = range(state.visits, state.visits + c.problems_per_step - len(trained))
+            # as many visits as the missing groups need if they are as good as those of the rounds before
+            share = (len(trained) + 1) / (state.visits - before.visits + 1)
+            count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
+            visited = range(state.visits, state.visits + count)
             problems = problems_of(task.problems, c.seed, visited)
             prefixes = [[] for _ in problems]  # of full paths
             if c.rollout == "rpo":
@@ -231,6 +234,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
             trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1]
+            del trained[c.problems_per_step:]
             if len(trained) == c.problems_per_step:
                 break
         clock.append(time.perf_counter())
@@ -631,6 +635,7 @@ def prepare(c: Config) -> tuple[object, tuple]:
     check_fits(c, load_shape(folder), device.type, device_bytes(device))
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
     check_size(c, out, policy)
+    rollout.use_pages(policy)
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
     if c.gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
