@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import os
+GATE = float(os.environ.get("GATE", .5))
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Entry:
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
     step: int  # when the path was written; 0: a first path
-    dead_end: int = 0  # no suffix of this many tokens of the wrong path was right; 0: none known
+    restart: bool = False  # its prefix did not pay: the next visit starts from the bare prompt
 
 
 def parse_max_cut(text: str) -> int | float:
@@ -49,12 +51,10 @@ def stretch_of(tail: float, rng: np.random.Generator) -> float:
     return 1 + rng.pareto(tail) if tail else 1.0
 
 
-def branch_probabilities(entry: Entry, logprobs: Sequence[float]) -> np.ndarray:
+def branch_probabilities(logprobs: Sequence[float]) -> np.ndarray:
     """(L,): the policy's probability 1 - p of another token at each of the last L places. [RPO-7]
-    logprobs: of the path's last L tokens under the policy. 0 behind a prefix of a wrong path that had no
-    right suffix: a branch there comes too late."""
-    places = len(entry.response_ids) - len(logprobs) + np.arange(len(logprobs))
-    return np.where((places >= entry.dead_end) & (entry.dead_end > 0), 0, -np.expm1(logprobs))
+    logprobs: of the path's last L tokens under the policy."""
+    return -np.expm1(logprobs)
 
 
 def is_skipped(branch: np.ndarray, rng: np.random.Generator) -> bool:
@@ -71,6 +71,22 @@ def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int
     return entry.response_ids[:len(entry.response_ids) - len(weights) + place]
 
 
+def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
+    """The kept prefix of a wrong path: what precedes its least likely token, most probably a mistake. [RPO-10]
+    branch: branch_probabilities of the whole path."""
+    return entry.response_ids[:int(np.argmax(branch))]
+
+
+def pays(entry: Entry, prefix: Sequence[int], correct: Sequence[bool], pass_rate: float | None) -> bool:
+    """Is a group right often enough for its prefix, which may hold a mistake, to be trained on? [RPO-10]
+    pass_rate: of the policy from bare prompts; None: nothing is asked. Where mistakes may happen anywhere, a
+    sound prefix leaves a pass rate of about pass_rate ** (share of the path that is cut off). After a mistake
+    the right answer takes another one that makes up for it, which is much rarer: half of that is asked for."""
+    if not prefix or pass_rate is None:
+        return True
+    return float(np.mean(correct)) >= GATE * pass_rate ** (1 - len(prefix) / len(entry.response_ids))
+
+
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:
     """Which response of a group replaces the path (eq. 10). [RPO-4]
     With probability `epsilon` the one of highest reward, otherwise a uniformly random OTHER one."""
@@ -81,19 +97,20 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
     return other + (other >= best)
 
 
-def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], correct: Sequence[bool],
-           prefix_length: int, step: int, rng: np.random.Generator, epsilon: float,
-           keep_correct: bool) -> Entry:
-    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path.
-    prefix_length: tokens of the path that all responses begin with."""
+def update(entry: Entry, prefix: Sequence[int], responses: Sequence[list[int]], rewards: Sequence[float],
+           correct: Sequence[bool], step: int, rng: np.random.Generator, epsilon: float,
+           pass_rate: float | None) -> Entry:
+    """The entry after a group that continued `prefix`. pass_rate: as in `pays`. If it is None, a correct path
+    may be replaced by a wrong response."""
+    if not pays(entry, prefix, correct, pass_rate):
+        return replace(entry, restart=True)
     entry = replace(entry, shortest=min(map(len, responses)))
-    allowed = [i for i, ok in enumerate(correct) if ok or not (keep_correct and entry.correct)]
+    keep = entry.correct and bool(prefix) and pass_rate is not None
+    allowed = [i for i, ok in enumerate(correct) if ok or not keep]
     if not allowed:
         return entry
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
-    dead_end = 0 if entry.correct or any(correct) else prefix_length
-    return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=correct[pick],
-                   step=step, dead_end=dead_end)
+    return Entry(responses[pick], rewards[pick], correct[pick], entry.shortest, step)
 
 
 def fingerprint(value: object) -> str:

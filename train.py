@@ -15,6 +15,8 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] in some steps the cut is much longer                             cache.py:stretch_of
 # [RPO-7] the cut is where the policy may branch off                       cache.py:branch_probabilities
 # [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
+# [RPO-10] a wrong path is cut before its least likely token; where a group is right too seldom for a sound prefix,
+#         it is not trained on, and the next visit starts anew from the bare prompt     cache.py:pays
 # [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
                                       "tokens; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    cache_keep_correct: bool = option(True, "never replace a correct path by a wrong one; off is no better")
+    prefix_gate: bool = option(True, "a prefix must pay, see docs/options.md; off, as in the paper: any path is "
+                                     "continued, which makes a mostly wrong policy worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -134,6 +137,7 @@ class State:
     """What changes during a run: with weights and optimiser, exactly what a checkpoint holds."""
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
+    pass_rate: float = 0.5  # from bare prompts, as far as seen: first paths and groups without a prefix
     paths: Paths = field(default_factory=dict)
     tokens_generated: int = 0  # first paths included, evaluation not
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
@@ -177,7 +181,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained = [time.perf_counter()], [], []
+        clock, sampled, trained, fresh = [time.perf_counter()], [], [], []
+        rate = state.pass_rate if c.prefix_gate else None
         before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
@@ -193,6 +198,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first, count = first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
                                                memory)
                     state.paths |= first
+                    fresh += [entry.correct for i, entry in first.items() if i not in task.solutions]
                     state.tokens_generated += count
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
@@ -210,7 +216,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
-            trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1]
+            trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1
+                        and cache.pays(state.paths.get(g.problem.id), g.prefix, g.correct, rate)]
             if len(trained) == c.problems_per_step:
                 break
         clock.append(time.perf_counter())
@@ -227,10 +234,16 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
             state.paths[g.problem.id] = cache.update(
-                state.paths[g.problem.id], g.responses, g.rewards, g.correct, len(g.prefix), step,
-                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon, c.cache_keep_correct)
+                state.paths[g.problem.id], g.prefix, g.responses, g.rewards, g.correct, step,
+                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon, rate)
+            fresh += g.correct if not g.prefix else []
+        state.pass_rate += (sum(fresh) - len(fresh) * state.pass_rate) / (len(fresh) + 100)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
+                         "pass_rate": state.pass_rate, "visits": len(visited),
+                         "wholes": sum(not g.prefix for g in sampled), "pays": sum(cache.pays(cut.get(g.problem.id), g.prefix, g.correct, rate) for g in sampled if g.prefix),
+                         "acc_whole": sum(sum(g.correct) for g in sampled if not g.prefix), "acc_pref": sum(sum(g.correct) for g in sampled if g.prefix),
+                         "wrongpref": sum(bool(g.prefix) and not cut[g.problem.id].correct for g in sampled) if cut else 0, "wrongtrained": sum(bool(g.prefix) and not cut[g.problem.id].correct for g in trained) if cut else 0,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
                          **cost_metrics(state, before, clock, policy.device)}
@@ -278,22 +291,28 @@ def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[P
     """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
     max_cut = cache.parse_max_cut(c.max_cut)
-    longest = {i: cache.longest_cut(path, max_cut, stretch) for i, path in paths.items()}
+    wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
+    longest = {i: len(path.response_ids) if i in wrong else cache.longest_cut(path, max_cut, stretch)
+               for i, path in paths.items() if not path.restart}
     branch = {i: np.ones(limit) for i, limit in longest.items()}
-    if c.skip_certain or c.cut_position == "uncertain":
-        whole = {i: prompts[i] + path.response_ids for i, path in paths.items()}
+    if c.skip_certain or c.cut_position == "uncertain" or wrong:
+        whole = {i: prompts[i] + paths[i].response_ids for i in longest}
         trees = [Tree(whole[i][:-limit], [whole[i][-limit:]]) for i, limit in longest.items()]
         scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
-        branch = {i: cache.branch_probabilities(paths[i], rows[0]) for i, rows in zip(longest, scores)}
+        branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
     prefixes: list[list[int] | None] = []
     for visit, problem in zip(visited, problems):
+        path = paths[problem.id]
+        if path.restart or problem.id in wrong:
+            prefixes.append([] if path.restart else cache.cut_wrong(path, branch[problem.id]))
+            continue
         rng, weights = np.random.default_rng((c.seed, step, CUT, visit)), branch[problem.id]
         alone = visit == visited[-1] and all(prefix is None for prefix in prefixes)
         if c.skip_certain and cache.is_skipped(weights, rng) and not alone:
             prefixes.append(None)
             continue
         weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
-        prefixes.append(cache.cut(paths[problem.id], weights, rng))
+        prefixes.append(cache.cut(path, weights, rng))
     return prefixes
 
 
