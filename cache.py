@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import os
-GATE = float(os.environ.get("GATE", .5))
 
 
 @dataclass(frozen=True)
@@ -72,19 +70,17 @@ def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int
 
 
 def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
-    """The kept prefix of a wrong path: what precedes its least likely token, most probably a mistake. [RPO-10]
+    """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-10]
     branch: branch_probabilities of the whole path."""
     return entry.response_ids[:int(np.argmax(branch))]
 
 
-def pays(entry: Entry, prefix: Sequence[int], correct: Sequence[bool], pass_rate: float | None) -> bool:
-    """Is a group right often enough for its prefix, which may hold a mistake, to be trained on? [RPO-10]
-    pass_rate: of the policy from bare prompts; None: nothing is asked. Where mistakes may happen anywhere, a
-    sound prefix leaves a pass rate of about pass_rate ** (share of the path that is cut off). After a mistake
-    the right answer takes another one that makes up for it, which is much rarer: half of that is asked for."""
-    if not prefix or pass_rate is None:
-        return True
-    return float(np.mean(correct)) >= GATE * pass_rate ** (1 - len(prefix) / len(entry.response_ids))
+def pays(correct: Sequence[bool], cut_off: float, pass_rate: float) -> bool:
+    """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-10]
+    pass_rate: of the policy from bare prompts; cut_off: the share of the path that was cut off. Where mistakes
+    can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** cut_off. After a mistake the
+    right answer takes another that makes up for it, which is much rarer: half of that rate is asked for."""
+    return float(np.mean(correct)) >= 0.5 * pass_rate ** cut_off
 
 
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:
@@ -97,16 +93,11 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
     return other + (other >= best)
 
 
-def update(entry: Entry, prefix: Sequence[int], responses: Sequence[list[int]], rewards: Sequence[float],
-           correct: Sequence[bool], step: int, rng: np.random.Generator, epsilon: float,
-           pass_rate: float | None) -> Entry:
-    """The entry after a group that continued `prefix`. pass_rate: as in `pays`. If it is None, a correct path
-    may be replaced by a wrong response."""
-    if not pays(entry, prefix, correct, pass_rate):
-        return replace(entry, restart=True)
+def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], correct: Sequence[bool],
+           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool) -> Entry:
+    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path."""
     entry = replace(entry, shortest=min(map(len, responses)))
-    keep = entry.correct and bool(prefix) and pass_rate is not None
-    allowed = [i for i, ok in enumerate(correct) if ok or not keep]
+    allowed = [i for i, ok in enumerate(correct) if ok or not (keep_correct and entry.correct)]
     if not allowed:
         return entry
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]

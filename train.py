@@ -15,9 +15,8 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] in some steps the cut is much longer                             cache.py:stretch_of
 # [RPO-7] the cut is where the policy may branch off                       cache.py:branch_probabilities
 # [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
-# [RPO-10] a wrong path is cut before its least likely token; where a group is right too seldom for a sound prefix,
-#         it is not trained on, and the next visit starts anew from the bare prompt     cache.py:pays
 # [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
+# [RPO-10] a prefix must pay, else the next visit starts from the prompt   cache.py:pays, cut_wrong
 from __future__ import annotations
 
 import argparse
@@ -57,7 +56,7 @@ from rewards import Group
 
 
 Paths = dict[str, cache.Entry]  # the experience cache, by problem id
-Visit = tuple[Problem, list[int], list[int]]  # a problem, its prompt and the prefix to continue
+Visit = tuple[Problem, list[int], list[int], float]  # prompt, prefix to continue, share of the path cut off
 
 
 def option(default, text: str, least: float | tuple[str, ...] = 0):
@@ -77,6 +76,8 @@ class Config:
     instruction: str = option(INSTRUCTION, "what the prompt asks for besides the question; Qwen's wording")
     instruction_role: str = option("system", "chat turn that holds it, as for Qwen", ("system", "user"))
     template_args: str = option("", "JSON for the chat template, such as {\"enable_thinking\": false}")
+    problems: int = option(4800, "drawn from --data by the seed, 0: all; a quarter of 300 steps of 64, so that "
+                                 "each is visited four times, as in the paper")
     max_prompt: int = option(1024, "tokens; longer prompts, rare in competitions, are dropped", 1)
     max_response: int = option(3072, "tokens; with --max-prompt the 4096 that Qwen2.5-Math can hold", 1)
     # the method
@@ -94,8 +95,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
                                       "tokens; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    prefix_gate: bool = option(True, "a prefix must pay, see docs/options.md; off, as in the paper: any path is "
-                                     "continued, which makes a mostly wrong policy worse")
+    prefix_gate: bool = option(True, "train on a prefix only where its group is right about as often as a sound "
+                                     "prefix would make it; off, as in the paper, weak policies get worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -137,7 +138,8 @@ class State:
     """What changes during a run: with weights and optimiser, exactly what a checkpoint holds."""
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
-    pass_rate: float = 0.5  # from bare prompts, as far as seen: first paths and groups without a prefix
+    pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
+    kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
     tokens_generated: int = 0  # first paths included, evaluation not
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
@@ -181,9 +183,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained, fresh = [time.perf_counter()], [], [], []
-        rate = state.pass_rate if c.prefix_gate else None
-        before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
+        clock, sampled, trained, first = [time.perf_counter()], [], [], {}
+        before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
             visited = range(state.visits, state.visits + c.problems_per_step - len(trained))
@@ -195,29 +196,26 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     epoch = range(state.visits, state.visits + len(task.problems))
                     ahead = problems_of(task.problems, c.seed, epoch)
                     chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
-                    first, count = first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
-                                               memory)
+                    first |= first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule, memory)
                     state.paths |= first
-                    fresh += [entry.correct for i, entry in first.items() if i not in task.solutions]
-                    state.tokens_generated += count
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
                 prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
-            visits = [(p, task.prompts[p.id], x) for p, x in zip(problems, prefixes) if x is not None]
+            visits = [(p, task.prompts[p.id], x, 1 - len(x) / len(state.paths[p.id].response_ids) if x else 1.0)
+                      for p, x in zip(problems, prefixes) if x is not None]
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
-            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
+            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule,
+                                 state.pass_rate if c.prefix_gate else None)
             state.visits = visited.stop
-            state.tokens_generated += sum(len(s) for g in groups for s in g.suffixes)
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
-            trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1
-                        and cache.pays(state.paths.get(g.problem.id), g.prefix, g.correct, rate)]
+            trained += [g for g in groups if g.pays and len(set(g.correct if dynamic else g.rewards)) > 1]
             if len(trained) == c.problems_per_step:
                 break
         clock.append(time.perf_counter())
@@ -233,19 +231,20 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         # 8. cache: one response of each group may replace the path
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
-            state.paths[g.problem.id] = cache.update(
-                state.paths[g.problem.id], g.prefix, g.responses, g.rewards, g.correct, step,
-                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon, rate)
-            fresh += g.correct if not g.prefix else []
+            path = state.paths[g.problem.id]
+            state.paths[g.problem.id] = replace(path, restart=True) if not g.pays else cache.update(
+                path, g.responses, g.rewards, g.correct, step, np.random.default_rng((c.seed, step, UPDATE, i)),
+                c.epsilon, keep_correct=c.prefix_gate and bool(g.prefix))
+        first = [path for i, path in first.items() if i not in task.solutions]
+        state.kinds = count_visits(state, sampled, [len(path.response_ids) for path in first])
+        state.tokens_generated = sum(tokens for _, tokens in state.kinds.values())
+        fresh = [path.correct for path in first] + [ok for g in sampled if not g.prefix for ok in g.correct]
         state.pass_rate += (sum(fresh) - len(fresh) * state.pass_rate) / (len(fresh) + 100)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
-                         "pass_rate": state.pass_rate, "visits": len(visited),
-                         "wholes": sum(not g.prefix for g in sampled), "pays": sum(cache.pays(cut.get(g.problem.id), g.prefix, g.correct, rate) for g in sampled if g.prefix),
-                         "acc_whole": sum(sum(g.correct) for g in sampled if not g.prefix), "acc_pref": sum(sum(g.correct) for g in sampled if g.prefix),
-                         "wrongpref": sum(bool(g.prefix) and not cut[g.problem.id].correct for g in sampled) if cut else 0, "wrongtrained": sum(bool(g.prefix) and not cut[g.problem.id].correct for g in trained) if cut else 0,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
+                         **visit_metrics(state, before, sampled, cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -269,24 +268,23 @@ def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[P
 
 
 def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Policy, how: rollout.Sampling,
-                rule: rewards.RewardRule, memory: float) -> tuple[Paths, int]:
-    """A path per problem (eq. 1), correct or not, by problem id; the tokens generated for them. [RPO-9]"""
+                rule: rewards.RewardRule, memory: float) -> Paths:
+    """A path per problem (eq. 1), correct or not. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
     correct = rewards.grade([(p, p.solution) for p in given], rule.checker)
     paths = {p.id: cache.Entry(task.solutions[p.id], float(ok), ok, len(task.solutions[p.id]), 0)
              for p, ok in zip(given, correct)}
-    visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in task.solutions]
+    visits = [(p, task.prompts[p.id], [], 1.0) for p in problems if p.id not in task.solutions]
     requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
-    paths |= {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
-              for g in groups}
-    return paths, sum(len(g.suffixes[0]) for g in groups)
+    return paths | {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
+                    for g in groups}
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
               prompts: dict[str, list[int]], policy: Policy) -> list[list[int] | None]:
-    """The kept prefix of each problem's path, None where the visit is skipped.
+    """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
     visited: numbers of the visits, for the random numbers. The last visit is not skipped if all others are.
     """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
@@ -321,23 +319,25 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
     """For `rows` responses of each visit, of at most `longest` tokens."""
     return [rollout.Request(prompt + prefix, longest - len(prefix),
                             [(*key, int(problem.id, 16), row) for row in range(rows)])
-            for problem, prompt, prefix in visits]
+            for problem, prompt, prefix, _ in visits]
 
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
-                rule: rewards.RewardRule) -> list[Group]:
-    """The visits with their suffixes, graded and rewarded as whole responses."""
+                rule: rewards.RewardRule, pass_rate: float | None = None) -> list[Group]:
+    """The visits with their suffixes, graded and rewarded as whole responses.
+    pass_rate: of the policy from bare prompts, by which prefixes must pay; None: they need not."""
     texts = [tokenizer.batch_decode([prefix + s.ids for s in row], skip_special_tokens=True)
-             for (_, _, prefix), row in zip(visits, suffixes)]
+             for (_, _, prefix, _), row in zip(visits, suffixes)]
     responses = [(visit[0], text) for visit, row in zip(visits, texts) for text in row]
     verdicts = iter(rewards.grade(responses, rule.checker))
     groups = []
-    for (problem, prompt, prefix), request, row, text in zip(visits, requests, suffixes, texts):
+    for (problem, prompt, prefix, cut_off), request, row, text in zip(visits, requests, suffixes, texts):
         correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
         paid, parts = rewards.reward(problem, text, lengths, correct, rule)
+        pays = not prefix or pass_rate is None or cache.pays(correct, cut_off, pass_rate)
         groups.append(Group(problem, prompt, prefix, request.budget, [s.ids for s in row],
-                            [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts))
+                            [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts, pays))
     return groups
 
 
@@ -381,6 +381,8 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
     ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
     ("group/zero_std_fraction", lambda x: x > 0.98, "almost no group has both right and wrong responses"),
+    ("group/paying_fraction", lambda x: x < 0.3, "most prefixes do not pay: nothing is saved; --rollout full, or "
+                                                 "--cache-init solutions"),
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
@@ -404,6 +406,27 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "response/finished_fraction": mean(x for g in sampled for x in g.finished),
             **({"cache/entries": len(paths), "cache/reward": mean(e.reward for e in paths.values()),
                 "cache/correct": mean(e.correct for e in paths.values())} if paths else {})}
+
+
+def count_visits(state: State, groups: list[Group], first: Sequence[int]) -> dict[str, list[int]]:
+    """Visits since the start of the run and the tokens generated for them, by kind. first: lengths of paths."""
+    new = {"first_path": first, "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
+           "prefix": [sum(map(len, g.suffixes)) for g in groups if g.prefix]}
+    old = {kind: state.kinds.get(kind, [0, 0]) for kind in new}
+    return {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
+
+
+def visit_metrics(state: State, before: State, groups: list[Group], cut: Paths) -> dict[str, float]:
+    """Do prefixes help? cut: the cache before the step."""
+    counts = {f"visits/{kind}": n - before.kinds.get(kind, [0])[0] for kind, (n, _) in state.kinds.items()}
+    skipped = state.visits - before.visits - len(groups)
+    prefixed, whole = ([g for g in groups if bool(g.prefix) == x] for x in (True, False))
+    wrong = [not cut[g.problem.id].correct for g in prefixed if g.pays]
+    rates = {"reward/accuracy_prefix": [x for g in prefixed for x in g.correct],
+             "reward/accuracy_whole": [x for g in whole for x in g.correct],
+             "group/paying_fraction": [g.pays for g in prefixed], "group/wrong_prefix_fraction": wrong}
+    return counts | {"visits/skipped": skipped, "cache/pass_rate": state.pass_rate} | {
+        name: mean(values) for name, values in rates.items() if values}
 
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
@@ -623,6 +646,9 @@ def make_task(c: Config, problems: list[Problem], held_out: list[Problem], folde
     style = data.PromptStyle(c.instruction, c.instruction_role, data.template_arguments(c.template_args))
     prompts = data.encode_prompts(problems + held_out, tokenizer, style, c.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
+    if 0 < c.problems < len(problems):
+        tqdm.write(f"{c.problems:,} of {len(problems):,} problems are trained on, drawn by --seed (--problems 0: all)")
+        problems = problems_of(problems, c.seed, range(c.problems))
     if not problems or c.eval_every and not held_out:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
                          f"{len(held_out)} held out; look at what was dropped, and at --max-prompt "
@@ -675,6 +701,9 @@ def print_summary(c: Config, out: Path, held_out: int, last: State) -> None:
     fewer = 1 - last.tokens_generated / last.tokens_full_path
     print(f"tokens generated: {last.tokens_generated:,}, first paths included; full paths of the measured "
           f"length: {last.tokens_full_path:,} ({fewer:.1%} fewer)")
+    each = {kind: f"{n:,} ({tokens / n:,.0f} tokens each)" for kind, (n, tokens) in last.kinds.items() if n}
+    print("visits: " + ", ".join(f"{kind} {text}" for kind, text in each.items())
+          + f", skipped {last.visits - sum(n for kind, (n, _) in last.kinds.items() if kind != 'first_path'):,}")
     print(f"seconds: {last.seconds:.0f}, of them training {training:.0f}")
     print(f"run folder: {out} (policy/, metrics.jsonl, samples.jsonl, summary.json)")
 
