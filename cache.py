@@ -75,12 +75,13 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmax(branch))]
 
 
-def pays(correct: Sequence[bool], cut_off: float, pass_rate: float) -> bool:
+def pays(correct: Sequence[bool], share: float, pass_rate: float) -> bool:
     """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-10]
-    pass_rate: of the policy from bare prompts; cut_off: the share of the path that was cut off. Where mistakes
-    can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** cut_off. After a mistake the
-    right answer takes another that makes up for it, which is much rarer: half of that rate is asked for."""
-    return float(np.mean(correct)) >= 0.5 * pass_rate ** cut_off
+    pass_rate: of the policy from bare prompts; share: of the responses' tokens that follow the prefix. Where
+    mistakes can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** share. After a
+    mistake the right answer takes another that makes up for it, which is much rarer: half of that rate is
+    asked for."""
+    return float(np.mean(correct)) >= 0.5 * pass_rate ** share
 
 
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:

@@ -56,7 +56,7 @@ from rewards import Group
 
 
 Paths = dict[str, cache.Entry]  # the experience cache, by problem id
-Visit = tuple[Problem, list[int], list[int], float]  # prompt, prefix to continue, share of the path cut off
+Visit = tuple[Problem, list[int], list[int]]  # a problem, its prompt and the prefix to continue
 
 
 def option(default, text: str, least: float | tuple[str, ...] = 0):
@@ -76,8 +76,8 @@ class Config:
     instruction: str = option(INSTRUCTION, "what the prompt asks for besides the question; Qwen's wording")
     instruction_role: str = option("system", "chat turn that holds it, as for Qwen", ("system", "user"))
     template_args: str = option("", "JSON for the chat template, such as {\"enable_thinking\": false}")
-    problems: int = option(4800, "drawn from --data by the seed, 0: all; a quarter of 300 steps of 64, so that "
-                                 "each is visited four times, as in the paper")
+    problems: int = option(4800, "of --data, drawn by the seed, 0: all; 300 steps of 64 visit each of these "
+                                 "four times, as in the paper")
     max_prompt: int = option(1024, "tokens; longer prompts, rare in competitions, are dropped", 1)
     max_response: int = option(3072, "tokens; with --max-prompt the 4096 that Qwen2.5-Math can hold", 1)
     # the method
@@ -95,8 +95,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
                                       "tokens; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    prefix_gate: bool = option(True, "train on a prefix only where its group is right about as often as a sound "
-                                     "prefix would make it; off, as in the paper, weak policies get worse")
+    prefix_gate: bool = option(True, "train on a prefix only if its group is right as often as after a sound "
+                                     "prefix; off, as in the paper, a weak policy gets worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -196,7 +196,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     epoch = range(state.visits, state.visits + len(task.problems))
                     ahead = problems_of(task.problems, c.seed, epoch)
                     chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
-                    first |= first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule, memory)
+                    first |= first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
+                                         memory)
                     state.paths |= first
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
@@ -204,8 +205,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
-            visits = [(p, task.prompts[p.id], x, 1 - len(x) / len(state.paths[p.id].response_ids) if x else 1.0)
-                      for p, x in zip(problems, prefixes) if x is not None]
+            visits = [(p, task.prompts[p.id], x) for p, x in zip(problems, prefixes) if x is not None]
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
@@ -233,8 +233,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
             path = state.paths[g.problem.id]
             state.paths[g.problem.id] = replace(path, restart=True) if not g.pays else cache.update(
-                path, g.responses, g.rewards, g.correct, step, np.random.default_rng((c.seed, step, UPDATE, i)),
-                c.epsilon, keep_correct=c.prefix_gate and bool(g.prefix))
+                path, g.responses, g.rewards, g.correct, step,
+                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
+                keep_correct=c.prefix_gate and bool(g.prefix))
         first = [path for i, path in first.items() if i not in task.solutions]
         state.kinds = count_visits(state, sampled, [len(path.response_ids) for path in first])
         state.tokens_generated = sum(tokens for _, tokens in state.kinds.values())
@@ -274,12 +275,13 @@ def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Poli
     correct = rewards.grade([(p, p.solution) for p in given], rule.checker)
     paths = {p.id: cache.Entry(task.solutions[p.id], float(ok), ok, len(task.solutions[p.id]), 0)
              for p, ok in zip(given, correct)}
-    visits = [(p, task.prompts[p.id], [], 1.0) for p in problems if p.id not in task.solutions]
+    visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in task.solutions]
     requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
-    return paths | {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
-                    for g in groups}
+    return paths | {
+        g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
+        for g in groups}
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
@@ -319,7 +321,7 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
     """For `rows` responses of each visit, of at most `longest` tokens."""
     return [rollout.Request(prompt + prefix, longest - len(prefix),
                             [(*key, int(problem.id, 16), row) for row in range(rows)])
-            for problem, prompt, prefix, _ in visits]
+            for problem, prompt, prefix in visits]
 
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
@@ -328,14 +330,15 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
     """The visits with their suffixes, graded and rewarded as whole responses.
     pass_rate: of the policy from bare prompts, by which prefixes must pay; None: they need not."""
     texts = [tokenizer.batch_decode([prefix + s.ids for s in row], skip_special_tokens=True)
-             for (_, _, prefix, _), row in zip(visits, suffixes)]
+             for (_, _, prefix), row in zip(visits, suffixes)]
     responses = [(visit[0], text) for visit, row in zip(visits, texts) for text in row]
     verdicts = iter(rewards.grade(responses, rule.checker))
     groups = []
-    for (problem, prompt, prefix, cut_off), request, row, text in zip(visits, requests, suffixes, texts):
+    for (problem, prompt, prefix), request, row, text in zip(visits, requests, suffixes, texts):
         correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
         paid, parts = rewards.reward(problem, text, lengths, correct, rule)
-        pays = not prefix or pass_rate is None or cache.pays(correct, cut_off, pass_rate)
+        share = sum(len(s.ids) for s in row) / sum(lengths)
+        pays = not prefix or pass_rate is None or cache.pays(correct, share, pass_rate)
         groups.append(Group(problem, prompt, prefix, request.budget, [s.ids for s in row],
                             [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts, pays))
     return groups
@@ -381,7 +384,7 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
     ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
     ("group/zero_std_fraction", lambda x: x > 0.98, "almost no group has both right and wrong responses"),
-    ("group/paying_fraction", lambda x: x < 0.3, "most prefixes do not pay: nothing is saved; --rollout full, or "
+    ("group/paying_fraction", lambda x: x < 0.3, "most prefixes do not pay, so little is saved: see "
                                                  "--cache-init solutions"),
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
@@ -409,7 +412,8 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
 
 
 def count_visits(state: State, groups: list[Group], first: Sequence[int]) -> dict[str, list[int]]:
-    """Visits since the start of the run and the tokens generated for them, by kind. first: lengths of paths."""
+    """Visits since the start of the run and the tokens generated for them, by kind.
+    first: lengths of the first paths of this step."""
     new = {"first_path": first, "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
            "prefix": [sum(map(len, g.suffixes)) for g in groups if g.prefix]}
     old = {kind: state.kinds.get(kind, [0, 0]) for kind in new}
@@ -647,7 +651,8 @@ def make_task(c: Config, problems: list[Problem], held_out: list[Problem], folde
     prompts = data.encode_prompts(problems + held_out, tokenizer, style, c.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
     if 0 < c.problems < len(problems):
-        tqdm.write(f"{c.problems:,} of {len(problems):,} problems are trained on, drawn by --seed (--problems 0: all)")
+        tqdm.write(f"{c.problems:,} of {len(problems):,} problems are trained on, drawn by --seed (all: "
+                   "--problems 0)")
         problems = problems_of(problems, c.seed, range(c.problems))
     if not problems or c.eval_every and not held_out:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
@@ -701,9 +706,8 @@ def print_summary(c: Config, out: Path, held_out: int, last: State) -> None:
     fewer = 1 - last.tokens_generated / last.tokens_full_path
     print(f"tokens generated: {last.tokens_generated:,}, first paths included; full paths of the measured "
           f"length: {last.tokens_full_path:,} ({fewer:.1%} fewer)")
-    each = {kind: f"{n:,} ({tokens / n:,.0f} tokens each)" for kind, (n, tokens) in last.kinds.items() if n}
-    print("visits: " + ", ".join(f"{kind} {text}" for kind, text in each.items())
-          + f", skipped {last.visits - sum(n for kind, (n, _) in last.kinds.items() if kind != 'first_path'):,}")
+    print("visits by kind: " + ", ".join(f"{kind} {count:,} ({tokens / count:,.0f} tokens each)"
+                                         for kind, (count, tokens) in last.kinds.items() if count))
     print(f"seconds: {last.seconds:.0f}, of them training {training:.0f}")
     print(f"run folder: {out} (policy/, metrics.jsonl, samples.jsonl, summary.json)")
 
