@@ -1677,6 +1677,15 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     assert "--cache-init" in message and not (tmp_path / "no").exists()
 
 
+def test_problems_are_drawn_by_the_seed():
+    whole, _ = train.split_problems(config := train.parse_config([*QUICK, "--problems", "5"]), TINY)
+    drawn = [{p.id for p in train.make_task(replace(config, seed=seed), whole, whole[:1], TINY).problems}
+             for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and {len(x) for x in drawn} == {5}
+    for count in (0, 4800):
+        assert train.make_task(replace(config, problems=count), whole, whole[:1], TINY).problems == whole
+
+
 def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
     (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1", "--max-response", "200",
                           "--cache-init-chunk", "2")
@@ -1974,7 +1983,7 @@ SWITCHES = {  # what the pairs of options are made of
     "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
     "--max-cut": ["20", "0.5"], "--cut-tail": ["0", "2"], "--cut-position": ["uncertain", "uniform"],
     "--skip-certain": [False, True], "--epsilon": ["0.5", "1"], "--cache-init": ["policy", "solutions"],
-    "--cache-keep-correct": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
+    "--prefix-gate": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
     "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],
     "--lr-decay-steps": ["0", "2"], "--gradient-checkpointing": [False, True]}
 
