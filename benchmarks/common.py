@@ -98,7 +98,7 @@ def run(script: str, *options: object, log: Path) -> None:
 
 
 def train_until(out: Path, seconds: float, *options: object) -> dict[str, float]:
-    """train.py on one core until it has trained for so long; its last metrics. Goes on where it was killed."""
+    """train.py on one core until it has trained for so long, or on where it was killed; its last metrics."""
     def last() -> dict[str, float]:
         log = out / "metrics.jsonl"
         lines = read_lines(log) if log.exists() else []

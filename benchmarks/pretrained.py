@@ -99,8 +99,8 @@ def is_sound(response: str) -> bool:
 
 def train(model: Path, folder: Path, way: str, minutes: float) -> dict[str, float]:
     """train.py on one core until it has trained for so long; its last metrics."""
-    return train_until(run_folder(way, 0, folder), 60 * minutes, "--model", model, "--data", folder / "train.jsonl",
-                       *COMMON, *TRAINING, *WAYS[way])
+    return train_until(run_folder(way, 0, folder), 60 * minutes, "--model", model, "--data",
+                       folder / "train.jsonl", *COMMON, *TRAINING, *WAYS[way])
 
 
 def cells(way: str, figures: dict) -> list[str]:
