@@ -1578,14 +1578,14 @@ class Sure:
 
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90), correct: bool = True,
-                restart: tuple[bool, ...] = (False,) * 4) -> list[int | None]:
+                restart: tuple[bool, ...] = (False,) * 4, wrong_pays: float = 0.5) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end."""
     config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0, anew)
              for p, n, anew in zip(problems, branches, restart)}
     prefixes = train.cut_paths(config, step, range(len(branches)), problems, paths,
-                               {p.id: [2, 3] for p in problems}, Sure())
+                               {p.id: [2, 3] for p in problems}, Sure(), wrong_pays)
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
     return [None if prefix is None else 200 - len(prefix) for prefix in prefixes]
@@ -1607,6 +1607,9 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step():
 def test_wrong_paths_and_prefixes_that_did_not_pay():
     """Continuing wrong paths anywhere made a mostly wrong policy worse: 17 % -> 9 % on sums of twelve numbers."""
     assert cut_lengths(4, correct=False) == [150, 90, 150, 90]  # before BRANCH, though L is 100
+    for paid, share in ((0.6, 1.0), (0.2, 0.4), (0.0, 0.1)):  # twice as many as paid go on, a tenth at least
+        cuts = [n for step in range(250) for n in cut_lengths(step, correct=False, wrong_pays=paid)]
+        assert abs(1000 * share - sum(n < 200 for n in cuts)) <= 3 * math.sqrt(1000 * share * (1 - share))
     assert cut_lengths(4, restart=(True, False, True, True)) == [200, 90, 200, 200]  # from the bare prompt
     assert cut_lengths(4, "--no-prefix-gate", correct=False) == [None, 90, None, 90]  # as if they were right
     visits = [(data.Problem("a", "?", "7"), [1, 2], [5] * 60), (data.Problem("b", "?", "7"), [1, 2], [])]
@@ -1619,6 +1622,12 @@ def test_wrong_paths_and_prefixes_that_did_not_pay():
     for rate, pays in ((0.47, True), (0.5, False), (None, True)):
         first, whole = train.make_groups(visits, requests, rows, words, rule, rate)
         assert (first.pays, whole.pays) == (pays, True)
+
+
+def test_a_running_mean():
+    assert train.follow(0.5, [], 20) == 0.5
+    assert train.follow(0.5, [True] * 20, 20) == pytest.approx(0.75)  # 20 old ones at 0.5 and 20 new ones
+    assert train.follow(0.2, [False, True], 8) == pytest.approx((8 * 0.2 + 1) / 10)
 
 
 def test_one_stretch_a_step_for_all_its_problems():

@@ -139,6 +139,7 @@ class State:
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
     pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
+    wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
     tokens_generated: int = 0  # first paths included, evaluation not
@@ -201,7 +202,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     state.paths |= first
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy)
+                prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy,
+                                     state.wrong_pays)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -240,7 +242,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         state.kinds = count_visits(state, sampled, [len(path.response_ids) for path in first])
         state.tokens_generated = sum(tokens for _, tokens in state.kinds.values())
         fresh = [path.correct for path in first] + [ok for g in sampled if not g.prefix for ok in g.correct]
-        state.pass_rate += (sum(fresh) - len(fresh) * state.pass_rate) / (len(fresh) + 100)
+        paid = [g.pays for g in sampled if g.prefix and not cut[g.problem.id].correct]
+        state.pass_rate = follow(state.pass_rate, fresh, 100)
+        state.wrong_pays = follow(state.wrong_pays, paid, 20)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
@@ -285,8 +289,9 @@ def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Poli
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
-              prompts: dict[str, list[int]], policy: Policy) -> list[list[int] | None]:
+              prompts: dict[str, list[int]], policy: Policy, wrong_pays: float) -> list[list[int] | None]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
+    wrong_pays: the share of wrong paths' prefixes that paid; twice as many are continued, a tenth at least.
     visited: numbers of the visits, for the random numbers. The last visit is not skipped if all others are.
     """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
@@ -302,11 +307,12 @@ def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[P
         branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
     prefixes: list[list[int] | None] = []
     for visit, problem in zip(visited, problems):
-        path = paths[problem.id]
+        path, rng = paths[problem.id], np.random.default_rng((c.seed, step, CUT, visit))
         if path.restart or problem.id in wrong:
-            prefixes.append([] if path.restart else cache.cut_wrong(path, branch[problem.id]))
+            anew = path.restart or rng.random() >= max(0.1, 2 * wrong_pays)
+            prefixes.append([] if anew else cache.cut_wrong(path, branch[problem.id]))
             continue
-        rng, weights = np.random.default_rng((c.seed, step, CUT, visit)), branch[problem.id]
+        weights = branch[problem.id]
         alone = visit == visited[-1] and all(prefix is None for prefix in prefixes)
         if c.skip_certain and cache.is_skipped(weights, rng) and not alone:
             prefixes.append(None)
@@ -409,6 +415,11 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "response/finished_fraction": mean(x for g in sampled for x in g.finished),
             **({"cache/entries": len(paths), "cache/reward": mean(e.reward for e in paths.values()),
                 "cache/correct": mean(e.correct for e in paths.values())} if paths else {})}
+
+
+def follow(share: float, seen: Sequence[bool], memory: int) -> float:
+    """A running mean over about the last `memory` of what was seen."""
+    return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
 
 
 def count_visits(state: State, groups: list[Group], first: Sequence[int]) -> dict[str, list[int]]:
