@@ -19,7 +19,7 @@ class Entry:
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
     step: int  # when the path was written; 0: a first path
-    dead_end: int = 0  # no suffix of this many tokens of the wrong path was right; 0: none known
+    restart: bool = False  # its prefix did not pay: the next visit starts from the bare prompt
 
 
 def parse_max_cut(text: str) -> int | float:
@@ -49,12 +49,10 @@ def stretch_of(tail: float, rng: np.random.Generator) -> float:
     return 1 + rng.pareto(tail) if tail else 1.0
 
 
-def branch_probabilities(entry: Entry, logprobs: Sequence[float]) -> np.ndarray:
+def branch_probabilities(logprobs: Sequence[float]) -> np.ndarray:
     """(L,): the policy's probability 1 - p of another token at each of the last L places. [RPO-7]
-    logprobs: of the path's last L tokens under the policy. 0 behind a prefix of a wrong path that had no
-    right suffix: a branch there comes too late."""
-    places = len(entry.response_ids) - len(logprobs) + np.arange(len(logprobs))
-    return np.where((places >= entry.dead_end) & (entry.dead_end > 0), 0, -np.expm1(logprobs))
+    logprobs: of the path's last L tokens under the policy."""
+    return -np.expm1(logprobs)
 
 
 def is_skipped(branch: np.ndarray, rng: np.random.Generator) -> bool:
@@ -71,6 +69,21 @@ def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int
     return entry.response_ids[:len(entry.response_ids) - len(weights) + place]
 
 
+def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
+    """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-10]
+    branch: branch_probabilities of the whole path."""
+    return entry.response_ids[:int(np.argmax(branch))]
+
+
+def pays(correct: Sequence[bool], share: float, pass_rate: float) -> bool:
+    """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-10]
+    pass_rate: of the policy from bare prompts; share: of the responses' tokens that follow the prefix. Where
+    mistakes can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** share. After a
+    mistake the right answer takes another that makes up for it, which is much rarer: half of that rate is
+    asked for."""
+    return float(np.mean(correct)) >= 0.5 * pass_rate ** share
+
+
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:
     """Which response of a group replaces the path (eq. 10). [RPO-4]
     With probability `epsilon` the one of highest reward, otherwise a uniformly random OTHER one."""
@@ -82,18 +95,14 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
 
 
 def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], correct: Sequence[bool],
-           prefix_length: int, step: int, rng: np.random.Generator, epsilon: float,
-           keep_correct: bool) -> Entry:
-    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path.
-    prefix_length: tokens of the path that all responses begin with."""
+           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool) -> Entry:
+    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path."""
     entry = replace(entry, shortest=min(map(len, responses)))
     allowed = [i for i, ok in enumerate(correct) if ok or not (keep_correct and entry.correct)]
     if not allowed:
         return entry
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
-    dead_end = 0 if entry.correct or any(correct) else prefix_length
-    return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=correct[pick],
-                   step=step, dead_end=dead_end)
+    return Entry(responses[pick], rewards[pick], correct[pick], entry.shortest, step)
 
 
 def fingerprint(value: object) -> str:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from data import say_once
-from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, head_shape, merge_attention, pack, padded,
-                    partial_attention, share)
+from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, head_shape, merge_attention, pack,
+                    padded, partial_attention, share)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 PAGE = 256  # tokens, the fewest that the CUDA kernel for paged keys takes

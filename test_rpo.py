@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -921,16 +922,13 @@ def test_the_stretch_of_a_step_is_pareto_distributed():
 def test_an_informed_cut_follows_the_chance_of_another_token():
     rng, draws, path = np.random.default_rng(0), 10_000, entry(8, 8)
     logprobs = np.log1p(-np.array([0.0, 0.3, 0.0, 0.1, 0.6])).tolist()
-    branch = cache.branch_probabilities(path, logprobs)
+    branch = cache.branch_probabilities(logprobs)
     assert branch.tolist() == pytest.approx([0.0, 0.3, 0.0, 0.1, 0.6])
     counts = Counter(len(cache.cut(path, branch, rng)) for _ in range(draws))
     for kept, share in {3: 0.0, 4: 0.3, 5: 0.0, 6: 0.1, 7: 0.6}.items():
         assert abs(counts.pop(kept, 0) - draws * share) <= 3 * math.sqrt(draws * share * (1 - share))
     assert not counts
     assert {len(cache.cut(path, np.zeros(3), rng)) for _ in range(99)} == {5, 6, 7}  # all certain: anywhere
-    for dead_end, left in ((6, [0.0, 0.3, 0, 0, 0]), (4, [0.0, 0, 0, 0, 0]), (7, [0.0, 0.3, 0.0, 0.1, 0])):
-        branch = cache.branch_probabilities(replace(path, dead_end=dead_end), logprobs)
-        assert branch.tolist() == pytest.approx(left)  # six tokens led nowhere: no use in seven
 
 
 def test_a_visit_is_skipped_with_the_chance_of_repeating_the_path():
@@ -940,14 +938,21 @@ def test_a_visit_is_skipped_with_the_chance_of_repeating_the_path():
         assert abs(count - draws * chance) < 3 * math.sqrt(draws * chance * (1 - chance))
 
 
-@pytest.mark.parametrize("old, correct, keep, dead_end", [
-    (False, [False, False], True, 5), (False, [False, True], True, 0),
-    (True, [False, False], False, 0), (True, [False, False], True, 0)])
-def test_a_prefix_of_a_wrong_path_without_a_right_suffix_is_a_dead_end(old, correct, keep, dead_end):
-    before = cache.Entry([9] * 8, 0.0, old, 8, 0)
-    after = cache.update(before, [[9] * 5 + [1], [9] * 5 + [2]], [0.0, 1.0], correct, 5, 1,
-                         np.random.default_rng(0), 1.0, keep)
-    assert after.dead_end == dead_end
+def test_a_wrong_path_is_cut_before_its_least_likely_token():
+    path = cache.Entry([3, 1, 4, 1, 5], 0.0, False, 5, 0)
+    branch = cache.branch_probabilities(np.log([0.9, 0.5, 0.99, 0.2, 0.7]).tolist())
+    assert cache.cut_wrong(path, branch) == [3, 1, 4]
+    assert cache.cut_wrong(path, branch[::-1]) == [3]
+    assert cache.cut_wrong(path, np.array([0.9, 0.1, 0.1, 0.1, 0.1])) == []  # a group from the bare prompt
+
+
+@pytest.mark.parametrize("right, share, rate, enough", [  # out of 8; half of rate ** share in the comment
+    (3, 0.5, 0.49, True), (2, 0.5, 0.49, False),  # 0.35
+    (1, 1.0, 0.25, True), (0, 1.0, 0.25, False),  # 0.125: equal is enough
+    (4, 0.0, 0.1, True), (3, 0.0, 0.1, False),  # 0.5: nothing is left to go wrong
+    (2, 0.25, 0.0256, True), (1, 0.25, 0.0256, False)])  # 0.2
+def test_a_prefix_pays_if_right_half_as_often_as_after_a_sound_one(right, share, rate, enough):
+    assert cache.pays([True] * right + [False] * (8 - right), share, rate) is enough
 
 
 def test_cache_update_is_epsilon_greedy_and_reaches_every_other_response():
@@ -975,7 +980,7 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allow
     responses = [[0] * 7, [1] * 6, [2] * 8]
     seen = set()
     for seed in range(60):
-        after = cache.update(before, responses, [0.1, 0.2, 0.9], list(map(bool, correct)), 0, 8,
+        after = cache.update(before, responses, [0.1, 0.2, 0.9], list(map(bool, correct)), 8,
                              np.random.default_rng(seed), 0.5, keep)
         pick = None if after.response_ids == [9, 9] else after.response_ids[0]
         seen.add(pick)
@@ -987,15 +992,15 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allow
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, 3), "b": cache.Entry([], 0.0, False, 1, 0)}
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, True), "b": cache.Entry([], 0.0, False, 1, 0)}
     cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("crc") for line in lines)
     assert lines == [{"tokenizer": "words"},
         {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
-         "dead_end": 3},
+         "restart": True},
         {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
-         "dead_end": 0}]
+         "restart": False}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
@@ -1744,6 +1749,20 @@ def test_a_run_leaves_what_the_readme_says(finished):
     assert json.loads((finished / "config.json").read_text())["group_size"] == 4
 
 
+def test_visits_are_counted_by_kind(finished):
+    for m in lines_of(finished / "metrics.jsonl")[1:]:
+        prefixed, whole = m["visits/prefix"], m["visits/whole"]
+        assert prefixed + whole == m["group/sampled"]
+        assert 3 <= prefixed + whole + m["visits/skipped"] <= 6  # two rounds of 3
+        both = [m.get(f"reward/accuracy_{kind}", 0.0) for kind in ("prefix", "whole")]
+        right = both[0] * prefixed + both[1] * whole
+        assert right == pytest.approx(m["reward/accuracy"] * (prefixed + whole))
+    metrics = lines_of(finished / "metrics.jsonl")[1:]
+    kinds = json.loads((finished / "checkpoint-000003" / "state.json").read_text())["kinds"]
+    assert sum(tokens for _, tokens in kinds.values()) == metrics[-1]["tokens/generated"]
+    assert kinds["first_path"][0] == sum(m["visits/first_path"] for m in metrics)
+
+
 def test_every_metric_is_explained(finished):
     glossary = (Path(train.__file__).parent / "docs" / "metrics.md").read_text()
     names = {name for m in lines_of(finished / "metrics.jsonl") for name in m}
@@ -1797,14 +1816,16 @@ class Sure:
         return torch.where(batch.targets == BRANCH, -99.0, 0.0), None
 
 
-def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90)) -> list[int | None]:
+def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
+                correct: bool = True, restart: tuple[bool, ...] = (False,) * 4,
+                wrong_pays: float = 0.5) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end."""
     config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
-    paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, True, 200, 0)
-             for p, n in zip(problems, branches)}
+    paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0, anew)
+             for p, n, anew in zip(problems, branches, restart)}
     prefixes = train.cut_paths(config, step, range(len(branches)), problems, paths,
-                               {p.id: [2, 3] for p in problems}, Sure())
+                               {p.id: [2, 3] for p in problems}, Sure(), wrong_pays)
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
     return [None if prefix is None else 200 - len(prefix) for prefix in prefixes]
@@ -1821,6 +1842,32 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step():
     assert skipped == [None] * 3 and 1 <= last <= 80
     assert cut_lengths(4, "--cut-tail", "1e-3") == [150, 90, 150, 90]  # L many times as long
     assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
+
+
+def test_wrong_paths_and_prefixes_that_did_not_pay():
+    """Continuing wrong paths anywhere made a mostly wrong policy worse: 17 % -> 9 % on chain sums."""
+    assert cut_lengths(4, correct=False) == [150, 90, 150, 90]  # before BRANCH, though L is 100
+    for paid, share in ((0.6, 1.0), (0.2, 0.4), (0.0, 0.1)):  # twice as many as paid go on, a tenth at least
+        cuts = [n for step in range(250) for n in cut_lengths(step, correct=False, wrong_pays=paid)]
+        assert abs(1000 * share - sum(n < 200 for n in cuts)) <= 3 * math.sqrt(1000 * share * (1 - share))
+    assert cut_lengths(4, restart=(True, False, True, True)) == [200, 90, 200, 200]  # from the bare prompt
+    assert cut_lengths(4, "--no-prefix-gate", correct=False) == [None, 90, None, 90]  # as if they were right
+    visits = [(data.Problem("a", "?", "7"), [1, 2], [5] * 60), (data.Problem("b", "?", "7"), [1, 2], [])]
+    checker = SimpleNamespace(check=lambda pairs: [i % 8 < 3 for i in range(len(pairs))])
+    rule = rewards.RewardRule(checker, 100, 0.0, 0.0)
+    requests = train.requests_of(visits, 8, 100, (0,))
+    rows = [[rollout.Suffix([6] * 40, [-1.0] * 40, True)] * 8] * 2
+    words = SimpleNamespace(batch_decode=lambda rows, **options: [""] * len(rows))
+    # 3 of 8 are right, 40 of 100 tokens are new: 0.5 * rate ** 0.4 is 0.37 for 0.47 and 0.38 for 0.5
+    for rate, pays in ((0.47, True), (0.5, False), (None, True)):
+        first, whole = train.make_groups(visits, requests, rows, words, rule, rate)
+        assert (first.pays, whole.pays) == (pays, True)
+
+
+def test_a_running_mean():
+    assert train.follow(0.5, [], 20) == 0.5
+    assert train.follow(0.5, [True] * 20, 20) == pytest.approx(0.75)  # 20 old ones at 0.5 and 20 new ones
+    assert train.follow(0.2, [False, True], 8) == pytest.approx((8 * 0.2 + 1) / 10)
 
 
 def test_one_stretch_a_step_for_all_its_problems():
@@ -1867,16 +1914,25 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     assert "1 of 4 problems have no worked solution" in capsys.readouterr().out
     how = rollout.Sampling((task.tokenizer.eos_token_id,), policy.vocab_size)
     with rule.checker:
-        paths, count = train.first_paths(config, task.problems, task, policy, how, rule, 1.0)
+        paths = train.first_paths(config, task.problems, task, policy, how, rule, 1.0)
     assert [paths[p.id].correct for p in task.problems[1:]] == [True, False, True]
     for p in task.problems[1:]:
         assert task.tokenizer.decode(paths[p.id].response_ids) == p.solution + "<|im_end|>"
         assert paths[p.id].reward == paths[p.id].correct
         assert paths[p.id].shortest == len(paths[p.id].response_ids)
-    assert count == len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
+    assert len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
     bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
     message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
     assert "--cache-init" in message and not (tmp_path / "no").exists()
+
+
+def test_problems_are_drawn_by_the_seed():
+    whole, _ = train.split_problems(config := train.parse_config([*QUICK, "--problems", "5"]), TINY)
+    drawn = [{p.id for p in train.make_task(replace(config, seed=seed), whole, whole[:1], TINY).problems}
+             for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and {len(x) for x in drawn} == {5}
+    for count in (0, 4800):
+        assert train.make_task(replace(config, problems=count), whole, whole[:1], TINY).problems == whole
 
 
 def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
@@ -2191,7 +2247,7 @@ SWITCHES = {  # what the pairs of options are made of
     "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
     "--max-cut": ["20", "0.5"], "--cut-tail": ["0", "2"], "--cut-position": ["uncertain", "uniform"],
     "--skip-certain": [False, True], "--epsilon": ["0.5", "1"], "--cache-init": ["policy", "solutions"],
-    "--cache-keep-correct": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
+    "--prefix-gate": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
     "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],
     "--lr-decay-steps": ["0", "2"], "--gradient-checkpointing": [False, True]}
 

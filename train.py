@@ -16,6 +16,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-7] the cut is where the policy may branch off                       cache.py:branch_probabilities
 # [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
 # [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
+# [RPO-10] a prefix must pay, else the next visit starts from the prompt   cache.py:pays, cut_wrong
 from __future__ import annotations
 
 import argparse
@@ -80,6 +81,8 @@ class Config:
     instruction: str = option(INSTRUCTION, "what the prompt asks for besides the question; Qwen's wording")
     instruction_role: str = option("system", "chat turn that holds it, as for Qwen", ("system", "user"))
     template_args: str = option("", "JSON for the chat template, such as {\"enable_thinking\": false}")
+    problems: int = option(4800, "of --data, drawn by the seed, 0: all; 300 steps of 64 visit each of these "
+                                 "four times, as in the paper")
     max_prompt: int = option(1024, "tokens; longer prompts, rare in competitions, are dropped", 1)
     max_response: int = option(3072, "tokens; with --max-prompt the 4096 that Qwen2.5-Math can hold", 1)
     # the method
@@ -97,7 +100,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
                                       "tokens; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    cache_keep_correct: bool = option(True, "never replace a correct path by a wrong one; off is no better")
+    prefix_gate: bool = option(True, "train on a prefix only if its group is right as often as after a sound "
+                                     "prefix; off, as in the paper, a weak policy gets worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -145,6 +149,9 @@ class State:
     """What changes during a run: with weights and optimiser, exactly what a checkpoint holds."""
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
+    pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
+    wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
+    kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
     tokens_generated: int = 0  # first paths included, evaluation not
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
@@ -197,8 +204,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained = [time.perf_counter()], [], []
-        before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
+        clock, sampled, trained, first = [time.perf_counter()], [], [], {}
+        before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
@@ -213,13 +220,13 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     epoch = range(state.visits, state.visits + len(task.problems))
                     ahead = problems_of(task.problems, c.seed, epoch)
                     chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
-                    first, count = first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
-                                               memory)
+                    first |= first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
+                                         memory)
                     state.paths |= first
-                    state.tokens_generated += count
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy)
+                prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy,
+                                     state.wrong_pays)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -227,13 +234,13 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
-            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
+            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule,
+                                 state.pass_rate if c.prefix_gate else None)
             state.visits = visited.stop
-            state.tokens_generated += sum(len(s) for g in groups for s in g.suffixes)
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
-            trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1]
+            trained += [g for g in groups if g.pays and len(set(g.correct if dynamic else g.rewards)) > 1]
             del trained[c.problems_per_step:]
             if len(trained) == c.problems_per_step:
                 break
@@ -250,13 +257,23 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         # 8. cache: one response of each group may replace the path
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
-            state.paths[g.problem.id] = cache.update(
-                state.paths[g.problem.id], g.responses, g.rewards, g.correct, len(g.prefix), step,
-                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon, c.cache_keep_correct)
+            path = state.paths[g.problem.id]
+            state.paths[g.problem.id] = replace(path, restart=True) if not g.pays else cache.update(
+                path, g.responses, g.rewards, g.correct, step,
+                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
+                keep_correct=c.prefix_gate and bool(g.prefix))
+        first = [path for i, path in first.items() if i not in task.solutions]
+        state.kinds = count_visits(state, sampled, [len(path.response_ids) for path in first])
+        state.tokens_generated = sum(tokens for _, tokens in state.kinds.values())
+        fresh = [path.correct for path in first] + [ok for g in sampled if not g.prefix for ok in g.correct]
+        paid = [g.pays for g in sampled if g.prefix and not cut[g.problem.id].correct]
+        state.pass_rate = follow(state.pass_rate, fresh, 100)
+        state.wrong_pays = follow(state.wrong_pays, paid, 20)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
+                         **visit_metrics(state, before, sampled, cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -292,8 +309,8 @@ def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[P
 
 
 def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Policy, how: rollout.Sampling,
-                rule: rewards.RewardRule, memory: float) -> tuple[Paths, int]:
-    """A path per problem (eq. 1), correct or not, by problem id; the tokens generated for them. [RPO-9]"""
+                rule: rewards.RewardRule, memory: float) -> Paths:
+    """A path per problem (eq. 1), correct or not. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
     verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
@@ -304,34 +321,42 @@ def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Poli
     requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
-    paths |= {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
-              for g in groups}
-    return paths, sum(len(g.suffixes[0]) for g in groups)
+    return paths | {
+        g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
+        for g in groups}
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
-              prompts: dict[str, list[int]], policy: Policy) -> list[list[int] | None]:
-    """The kept prefix of each problem's path, None where the visit is skipped.
+              prompts: dict[str, list[int]], policy: Policy, wrong_pays: float) -> list[list[int] | None]:
+    """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
+    wrong_pays: the share of wrong paths' prefixes that paid; twice as many are continued, a tenth at least.
     visited: numbers of the visits, for the random numbers. The last visit is not skipped if all others are.
     """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
     max_cut = cache.parse_max_cut(c.max_cut)
-    longest = {i: cache.longest_cut(path, max_cut, stretch) for i, path in paths.items()}
+    wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
+    longest = {i: len(path.response_ids) if i in wrong else cache.longest_cut(path, max_cut, stretch)
+               for i, path in paths.items() if not path.restart}
     branch = {i: np.ones(limit) for i, limit in longest.items()}
-    if c.skip_certain or c.cut_position == "uncertain":
-        whole = {i: prompts[i] + path.response_ids for i, path in paths.items()}
+    if c.skip_certain or c.cut_position == "uncertain" or wrong:
+        whole = {i: prompts[i] + paths[i].response_ids for i in longest}
         trees = [Tree(whole[i][:-limit], [whole[i][-limit:]]) for i, limit in longest.items()]
         scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
-        branch = {i: cache.branch_probabilities(paths[i], rows[0]) for i, rows in zip(longest, scores)}
+        branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
     prefixes: list[list[int] | None] = []
     for visit, problem in zip(visited, problems):
-        rng, weights = np.random.default_rng((c.seed, step, CUT, visit)), branch[problem.id]
+        path, rng = paths[problem.id], np.random.default_rng((c.seed, step, CUT, visit))
+        if path.restart or problem.id in wrong:
+            anew = path.restart or rng.random() >= max(0.1, 2 * wrong_pays)
+            prefixes.append([] if anew else cache.cut_wrong(path, branch[problem.id]))
+            continue
+        weights = branch[problem.id]
         alone = visit == visited[-1] and all(prefix is None for prefix in prefixes)
         if c.skip_certain and cache.is_skipped(weights, rng) and not alone:
             prefixes.append(None)
             continue
         weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
-        prefixes.append(cache.cut(paths[problem.id], weights, rng))
+        prefixes.append(cache.cut(path, weights, rng))
     return prefixes
 
 
@@ -345,8 +370,9 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
-                rule: rewards.RewardRule) -> list[Group]:
-    """The visits with their suffixes, graded and rewarded as whole responses, each on one rank."""
+                rule: rewards.RewardRule, pass_rate: float | None = None) -> list[Group]:
+    """The visits with their suffixes, graded and rewarded as whole responses, each on one rank.
+    pass_rate: of the policy from bare prompts, by which prefixes must pay; None: they need not."""
     groups, mine = {}, share([sum(len(s.ids) for s in row) for row in suffixes])
     with agreed(rewards.RewardFileError):
         texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
@@ -357,8 +383,11 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
             (problem, prompt, prefix), row = visits[i], suffixes[i]
             correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
             paid, parts = rewards.reward(problem, texts[i], lengths, correct, rule)
+            new = 1 - len(row) * len(prefix) / sum(lengths)  # share of the tokens
+            pays = not prefix or pass_rate is None or cache.pays(correct, new, pass_rate)
             groups[i] = Group(problem, prompt, prefix, requests[i].budget, [s.ids for s in row],
-                              [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts)
+                              [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts,
+                              pays)
     groups = gather(groups)
     return [groups[i] for i in range(len(visits))]
 
@@ -404,6 +433,8 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
     ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
     ("group/zero_std_fraction", lambda x: x > 0.98, "almost no group has both right and wrong responses"),
+    ("group/paying_fraction", lambda x: x < 0.3, "most prefixes do not pay, so little is saved: see "
+                                                 "--cache-init solutions"),
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
@@ -427,6 +458,33 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "response/finished_fraction": mean(x for g in sampled for x in g.finished),
             **({"cache/entries": len(paths), "cache/reward": mean(e.reward for e in paths.values()),
                 "cache/correct": mean(e.correct for e in paths.values())} if paths else {})}
+
+
+def follow(share: float, seen: Sequence[bool], memory: int) -> float:
+    """A running mean over about the last `memory` of what was seen."""
+    return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
+
+
+def count_visits(state: State, groups: list[Group], first: Sequence[int]) -> dict[str, list[int]]:
+    """Visits since the start of the run and the tokens generated for them, by kind.
+    first: lengths of the first paths of this step."""
+    new = {"first_path": first, "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
+           "prefix": [sum(map(len, g.suffixes)) for g in groups if g.prefix]}
+    old = {kind: state.kinds.get(kind, [0, 0]) for kind in new}
+    return {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
+
+
+def visit_metrics(state: State, before: State, groups: list[Group], cut: Paths) -> dict[str, float]:
+    """Do prefixes help? cut: the cache before the step."""
+    counts = {f"visits/{kind}": n - before.kinds.get(kind, [0])[0] for kind, (n, _) in state.kinds.items()}
+    skipped = state.visits - before.visits - len(groups)
+    prefixed, whole = ([g for g in groups if bool(g.prefix) == x] for x in (True, False))
+    wrong = [not cut[g.problem.id].correct for g in prefixed if g.pays]
+    rates = {"reward/accuracy_prefix": [x for g in prefixed for x in g.correct],
+             "reward/accuracy_whole": [x for g in whole for x in g.correct],
+             "group/paying_fraction": [g.pays for g in prefixed], "group/wrong_prefix_fraction": wrong}
+    return counts | {"visits/skipped": skipped, "cache/pass_rate": state.pass_rate} | {
+        name: mean(values) for name, values in rates.items() if values}
 
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
@@ -668,6 +726,10 @@ def make_task(c: Config, problems: list[Problem], held_out: list[Problem], folde
     style = data.PromptStyle(c.instruction, c.instruction_role, data.template_arguments(c.template_args))
     prompts = data.encode_prompts(problems + held_out, tokenizer, style, c.max_prompt)
     problems, held_out = ([p for p in part if p.id in prompts] for part in (problems, held_out))
+    if 0 < c.problems < len(problems):
+        tqdm.write(f"{c.problems:,} of {len(problems):,} problems are trained on, drawn by --seed (all: "
+                   "--problems 0)")
+        problems = problems_of(problems, c.seed, range(c.problems))
     if not problems or c.eval_every and not held_out:
         raise ValueError(f"--data, --eval-data: no problem left: {len(problems)} to train on and "
                          f"{len(held_out)} held out; look at what was dropped, and at --max-prompt "
@@ -821,6 +883,8 @@ def print_summary(c: Config, out: Path, held_out: int, last: State) -> None:
     fewer = 1 - last.tokens_generated / last.tokens_full_path
     print(f"tokens generated: {last.tokens_generated:,}, first paths included; full paths of the measured "
           f"length: {last.tokens_full_path:,} ({fewer:.1%} fewer)")
+    print("visits by kind: " + ", ".join(f"{kind} {count:,} ({tokens / count:,.0f} tokens each)"
+                                         for kind, (count, tokens) in last.kinds.items() if count))
     print(f"seconds: {last.seconds:.0f}, of them training {training:.0f}")
     print(f"run folder: {out} (policy/, metrics.jsonl, samples.jsonl, summary.json)")
 

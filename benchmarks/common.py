@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def run(script: str, *options: object, log: Path) -> None:
     """The same, to its end. If it fails, the program ends and names the log."""
     if start(script, *options, log=log).wait():
         sys.exit(f"{script} failed: see {log}")
+
+
+def train_until(out: Path, seconds: float, *options: object) -> dict[str, float]:
+    """train.py on one core until it has trained for so long, or on where it was killed; its last metrics."""
+    def last() -> dict[str, float]:
+        log = out / "metrics.jsonl"
+        lines = read_lines(log) if log.exists() else []
+        return lines[-1] if lines else {"time/total_s": 0.0}
+
+    while last()["time/total_s"] < seconds:
+        process = start("train.py", "--out", out, *options, log=Path(f"{out}.log"))
+        while process.poll() is None and last()["time/total_s"] < seconds:
+            time.sleep(1)
+        process.send_signal(signal.SIGTERM)  # ends after the current step, with a checkpoint
+        if process.wait() != 130:
+            sys.exit(f"train.py failed: see {out}.log")
+    return last()
 
 
 def evaluate(policy: Path, problems: Path, out: Path, *options: object) -> dict:

@@ -9,13 +9,10 @@ killed call goes on with the same command. Writes docs/pretrained.md.
 import json
 import random
 import re
-import signal
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import DOCS, ROOT, evaluate, head, machine, parser, read_lines, row, run_folder, start
+from common import DOCS, ROOT, evaluate, head, machine, parser, read_lines, row, run_folder, train_until
 
 import torch
 from transformers import AutoTokenizer
@@ -102,22 +99,8 @@ def is_sound(response: str) -> bool:
 
 def train(model: Path, folder: Path, way: str, minutes: float) -> dict[str, float]:
     """train.py on one core until it has trained for so long; its last metrics."""
-    out = run_folder(way, 0, folder)
-
-    def last() -> dict[str, float]:
-        log = out / "metrics.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return json.loads(lines[-1]) if lines else {"time/total_s": 0.0}
-
-    while last()["time/total_s"] < 60 * minutes:
-        process = start("train.py", "--model", model, "--data", folder / "train.jsonl", "--out", out, *COMMON,
-                        *TRAINING, *WAYS[way], log=Path(f"{out}.log"))
-        while process.poll() is None and last()["time/total_s"] < 60 * minutes:
-            time.sleep(1)
-        process.send_signal(signal.SIGTERM)  # ends after the current step, with a checkpoint
-        if process.wait() != 130:
-            sys.exit(f"train.py failed: see {out}.log")
-    return last()
+    return train_until(run_folder(way, 0, folder), 60 * minutes, "--model", model, "--data",
+                       folder / "train.jsonl", *COMMON, *TRAINING, *WAYS[way])
 
 
 def cells(way: str, figures: dict) -> list[str]:

@@ -152,7 +152,7 @@ def save_problems(path: Path, problems: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(p) + "\n" for p in problems), encoding="utf-8")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, help="supervised steps in all")
     parser.add_argument("--batch", type=int, default=16, help="problems per supervised step")
     parser.add_argument("--lr", type=float, default=2e-3)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     began = time.time()
     torch.manual_seed(args.seed)
