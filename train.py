@@ -933,7 +933,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a log that cannot be written
         return fail("train.py", 1, f"{error}; the checkpoint is complete: go on with --resume {out}")
     except torch.OutOfMemoryError as error:
-        sys.stderr = sys.__stderr__  # whichever rank it is
+        sys.stderr = sys.__stderr__ if ranks()[0] else sys.stderr  # whichever rank it is
         return fail("train.py", 1, f"out of memory: lower --tokens-per-forward or --rollout-memory ({error})")
     except KeyboardInterrupt:
         pass
