@@ -349,8 +349,8 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Probl
     window = getattr(evaluator.policy.model.config, "max_position_embeddings", None) or sys.maxsize
     if (longest := max(map(len, prompts.values()))) + args.max_response > window:
         raise ValueError(f"--max-response {args.max_response}: with the longest prompt of {path.stem} "
-                         f"({longest} tokens) more than the {window} positions of {args.model}; give at most "
-                         f"{max(1, window - longest)}, or other data")
+                         f"({longest} tokens) more than the {window} positions of {args.model}; give "
+                         + (f"at most {window - longest}" if window > longest else "data with shorter prompts"))
     start, done = time.perf_counter(), {r["id"] for r in earlier}
     with open(path, "ab", buffering=0) as file:  # a line is one write, so that ranks do not mix theirs
         work = [(p, prompts[p.id], [], ()) for p in problems if p.id not in done]
