@@ -326,8 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = rollout.Sampling(eos_ids, len(tokenizer), args.temperature,
                                cut if args.top_k or args.top_p < 1 else None)
         results = {}
-        evaluator = Evaluator(policy, tokenizer, how, Checker(), args.memory or rollout.default_memory(device),
-                              args.max_response, args.seed)
+        memory = args.memory or rollout.default_memory(device)
+        evaluator = Evaluator(policy, tokenizer, how, Checker(), memory, args.max_response, args.seed)
         for name, (_, problems) in sets.items():
             results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
@@ -348,9 +348,9 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Probl
     prompts = data.encode_prompts(problems, evaluator.tokenizer, style, sys.maxsize)
     window = getattr(evaluator.policy.model.config, "max_position_embeddings", None) or sys.maxsize
     if (longest := max(map(len, prompts.values()))) + args.max_response > window:
+        what = f"at most {window - longest}" if window > longest else "data with shorter prompts"
         raise ValueError(f"--max-response {args.max_response}: with the longest prompt of {path.stem} "
-                         f"({longest} tokens) more than the {window} positions of {args.model}; give "
-                         + (f"at most {window - longest}" if window > longest else "data with shorter prompts"))
+                         f"({longest} tokens) more than the {window} positions of {args.model}; give {what}")
     start, done = time.perf_counter(), {r["id"] for r in earlier}
     with open(path, "ab", buffering=0) as file:  # a line is one write, so that ranks do not mix theirs
         work = [(p, prompts[p.id], [], ()) for p in problems if p.id not in done]
