@@ -660,3 +660,9 @@ def device_of(name: str) -> torch.device:
             raise ValueError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(device)
     return device
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of a device."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

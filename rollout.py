@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from data import say_once
-from policy import (Packed, Policy, Span, Tree, gather, halve_to_fit, head_shape, merge_attention, pack,
-                    padded, partial_attention, share)
+from policy import (Packed, Policy, Span, Tree, device_bytes, gather, halve_to_fit, head_shape,
+                    merge_attention, pack, padded, partial_attention, share)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 PAGE = 256  # tokens, the fewest that the CUDA kernel for paged keys takes
@@ -369,7 +368,7 @@ def default_memory(device: torch.device, reserved: float = 0) -> float:
     quarter of all memory."""
     if device.type == "cuda":
         return 0.8 * max(0, torch.cuda.mem_get_info(device)[0] - reserved) / 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / 2**30
+    return device_bytes(device) / 4 / 2**30
 
 
 def group_bytes(config: PreTrainedConfig, context_len: int, suffix_len: int, group: int,

@@ -45,7 +45,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, logging
+from transformers import PreTrainedTokenizerBase, logging
 
 import answers
 import cache
@@ -55,8 +55,8 @@ import rollout
 import rpo
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import (LOGITS_PER_CHUNK, Policy, Tree, agreed, device_of, gather, head_shape, join_ranks,
-                    load_policy, load_shape, ranks, share, whole_tensors)
+from policy import (Policy, Tree, agreed, device_bytes, device_of, gather, join_ranks, load_policy,
+                    load_shape, ranks, share, whole_tensors)
 from rewards import Group
 
 
@@ -134,7 +134,6 @@ class Config:
                                 "for models that do not fit on one card; else slower")
     rollout_memory: float = option(0.0, "GiB for keys and values; 0: most of what is left on a GPU, 1/4 of a "
                                         "CPU's")
-    dry_run: float = option(0.0, "print what a run needs of this device, or of a GPU of X GB, and end", -1)
     # the run
     eval_every: int = option(50, "steps between evaluations, also at start and end; 0: never")
     save_every: int = option(50, "steps between checkpoints, also at the end; 0: only then")
@@ -185,7 +184,7 @@ class Task(NamedTuple):
 ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # options that may differ when a run goes on: the others change the mathematics
-FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "dry_run", "out", "resume", "shard")
+FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume", "shard")
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2}  # states of a parameter
 
 
@@ -633,7 +632,6 @@ def parse_config(arguments: Sequence[str]) -> Config:
         kind, least = item.type.split(" | ")[0], item.metadata["least"]
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"choices": least} \
             if isinstance(least, tuple) else {"type": kinds[kind][0], "metavar": kinds[kind][1]}
-        how |= {"nargs": "?", "const": -1.0} if item.name == "dry_run" else {}
         default = "" if item.default in (None, "") else f" (default: {item.default})"
         text = (item.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(flag_of(item.name), help=text, **how)
@@ -690,7 +688,7 @@ def prepare(c: Config) -> tuple[object, tuple]:
     rule = rewards.RewardRule(Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
     device, vocab_size = device_of(c.device), len(task.tokenizer)
     dtype = dtype_of(c, device.type)
-    check_fits(c, load_shape(folder), device.type, device_bytes(device))
+    check_fits(c, load_shape(folder).num_parameters(), device_bytes(device), ranks()[1] if c.shard else 1)
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
     check_size(c, out, policy)
     rollout.use_pages(policy)
@@ -767,90 +765,23 @@ def reserved_bytes(c: Config, policy: Policy, optimizer: torch.optim.Optimizer |
     return (states + 2) * policy.model.num_parameters()
 
 
-def device_bytes(device: torch.device) -> int:
-    """All memory of a device."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def dtype_of(c: Config, device: str) -> torch.dtype:
     half = c.dtype == "bfloat16" or c.dtype == "auto" and device == "cuda"
     return torch.bfloat16 if half else torch.float32
 
 
-def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
-                shards: int = 1) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes by item at the peak of the rollout and at that of the update, on a cpu or cuda of `total` bytes.
-    For the longest prompts and responses and full micro-batches. model: needs no weights. shards: how many
-    devices share weights, gradients, states and problems."""
-    config, n, dtype = model.config, model.num_parameters(), dtype_of(c, device)
-    hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    problems = c.problems_per_step / shards
-    size, longest, (heads, kv_heads, dim) = dtype.itemsize, c.max_prompt + c.max_response, head_shape(config)
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    held = {"weights": 4 * n / shards, "optimiser states": OPTIMIZER_BYTES[c.optimizer] * n / shards,
-            "initial policy": size * n * (c.kl_coef > 0), "process": 5e8 if device == "cuda" else peak_rss()}
-    copies = 2 * n if device == "cuda" else 4 * sum(x for x in matrices if x >= 2**18) * (size == 4)
-    left = 0.8 * (total - sum(held.values()) - copies) if device == "cuda" else total / 4
-    group, first = (sum(rollout.group_bytes(config, *lens, dtype)) for lens in (
-        (longest, c.max_response, c.group_size), (c.max_prompt, c.max_response, 1)))
-    wanted = max(problems * group, (c.cache_init_chunk or 1e9) / shards * first * (c.rollout == "rpo"))
-    tokens = min(c.tokens_per_forward, problems * (longest + c.group_size * c.max_response))
-    # of a token in a layer: kept for the backward pass, and needed in it
-    kept = 16 * hidden + size * (2 * hidden + 2 * (heads + kv_heads) * dim + 4 * inner)
-    workspace = 8 * hidden + 3 * size * inner
-    whole = 0 if shards == 1 else 2 * size * (n - 2 * vocab * hidden) / layers + 4 * vocab * hidden
-    backward = max(tokens * (kept * c.gradient_checkpointing + workspace),
-                   12 * min(LOGITS_PER_CHUNK[device], tokens * vocab))
-    return ({**held, "copy of the weights for decoding": copies,
-             "keys, values, logits": max(group, min(wanted, c.rollout_memory * 2**30 or left)),
-             "prefill": min(rollout.PREFILL_TOKENS, problems * longest) * (workspace + 4 * hidden)},
-            {**held, "gradients": 4 * n / shards, "gradient of the head": (4 + size % 4) * vocab * hidden,
-             "whole layers of shards": whole,
-             "activations": tokens * layers * (4 * hidden if c.gradient_checkpointing else kept),
-             "backward of a layer, or logits": backward})
-
-
-def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shards: int = 1) -> str:
-    """Does the plan fit, or with which options would it?"""
-    choices = [replace(c, optimizer=name, tokens_per_forward=c.tokens_per_forward // 2**i)
-               for name in dict.fromkeys((c.optimizer, "adamw8bit")) for i in range(5)]
-    for other in choices:
-        if max(sum(x.values()) for x in memory_plan(other, model, device, total, shards)) <= 0.97 * total:
-            return "fits" if other is choices[0] else \
-                f"fits with --optimizer {other.optimizer} --tokens-per-forward {other.tokens_per_forward}"
-    return "does not fit: take a smaller model"
-
-
-def check_fits(c: Config, model: PreTrainedModel, device: str, total: float) -> None:
-    """Raises ValueError where weights, gradients and optimiser states alone are too large for the device."""
-    plan = memory_plan(c, model, device, total)[1]
-    need = plan["weights"] + plan["gradients"] + plan["optimiser states"]
-    if need > total:
-        raise ValueError(f"--model {c.model}: weights, gradients and optimiser states take {need / 1e9:.1f} "
-                         f"GB, this {device} has {total / 1e9:.1f}: {what_fits(c, model, device, total)}")
-
-
-def dry_run(c: Config) -> str:
-    """What a run would need, as a table."""
-    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c.device)
-    kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run > 0 else (device.type, device_bytes(device))
-    shards = int(os.environ.get("WORLD_SIZE", 1))
-    plans = memory_plan(c, model, kind, total, shards)
-    names = [name for name, size in (plans[0] | plans[1]).items() if size]
-    plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
-    table = [(name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans))
-             for name in (*names, "**peak**")]
-    cut = cache.parse_max_cut(c.max_cut) * (c.max_response if "." in c.max_cut else 1)
-    stretch = c.cut_tail / (c.cut_tail - 1) if c.cut_tail > 1 else math.inf if c.cut_tail else 1  # its mean
-    suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2 * stretch)
-    rows, fits = c.problems_per_step * c.group_size, what_fits(c, model, kind, total, shards)
-    return "\n".join([
-        f"{c.model} on {shards} {kind} of {total / 1e9:.1f} GB: {fits}", "",
-        *(f"| {' | '.join(row)} |" for row in (("GB", "rollout", "update"), ["---"] * 3, *table)), "",
-        f"tokens sampled in a round: about {rows * suffix:,.0f} where suffixes are as long as what was cut "
-        f"off, at most {rows * c.max_response:,}"])
+def check_fits(c: Config, parameters: int, total: float, shards: int) -> None:
+    """Raises ValueError where weights, gradients and optimiser states alone are too large for the device.
+    total: its bytes. shards: how many devices they are spread over."""
+    need = {name: (8 + states) * parameters / shards for name, states in OPTIMIZER_BYTES.items()}
+    if need[c.optimizer] > total:
+        less = f"--optimizer adamw8bit ({need['adamw8bit'] / 1e9:.1f} GB), "
+        less *= c.optimizer != "adamw8bit" and need["adamw8bit"] <= total
+        devices = math.ceil(shards * need[c.optimizer] / total)
+        raise ValueError(
+            f"--model {c.model}: weights, gradients and optimiser states take {need[c.optimizer] / 1e9:.1f} "
+            f"GB, this device has {total / 1e9:.1f}: give {less}--shard with {devices} devices or more, or a "
+            "smaller model; benchmarks/memory.py prints what a run needs")
 
 
 def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.optim.Optimizer:
@@ -894,12 +825,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     join_ranks()
     config, stop = parse_config(sys.argv[1:] if arguments is None else arguments), threading.Event()
-    try:
-        if config.dry_run:
-            print(dry_run(config))
-            return 0
-    except (ValueError, OSError) as error:
-        return fail("train.py", 2, error)
 
     def handle(number: int, frame: object) -> None:
         if stop.is_set():

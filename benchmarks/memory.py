@@ -1,0 +1,110 @@
+"""What a run needs of a GPU, from the model's config alone: does it fit, and if not, what would?
+
+    python benchmarks/memory.py --gb 24                                   # a GPU of 24 GB
+    python benchmarks/memory.py --gb 80 --cards 8 --model Qwen2.5-Math-7B # eight, as with --shard
+    python benchmarks/memory.py @presets/tiny.args                        # the device at hand
+
+Takes the options of train.py besides (--cards stands for --shard). Prints the memory by item at the peak of
+the rollout and at that of the update, for the longest prompts and responses and full micro-batches, whether
+it fits or with which options it would, and the tokens sampled in a round. Loads no weights, writes nothing.
+"""
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from common import head, parser, row
+
+import torch
+from transformers import PreTrainedModel
+
+import cache
+import data
+import rollout
+from eval import fail
+from policy import LOGITS_PER_CHUNK, device_bytes, device_of, head_shape, load_shape
+from train import OPTIMIZER_BYTES, Config, dtype_of, parse_config, peak_rss
+
+
+def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
+                shards: int = 1) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes by item at the peak of the rollout and at that of the update, on a cpu or cuda of `total` bytes.
+    For the longest prompts and responses and full micro-batches. model: needs no weights. shards: how many
+    devices share weights, gradients, states and problems."""
+    config, n, dtype = model.config, model.num_parameters(), dtype_of(c, device)
+    hidden, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    problems = c.problems_per_step / shards
+    size, longest, (heads, kv_heads, dim) = dtype.itemsize, c.max_prompt + c.max_response, head_shape(config)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    matrices = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    held = {"weights": 4 * n / shards, "optimiser states": OPTIMIZER_BYTES[c.optimizer] * n / shards,
+            "initial policy": size * n * (c.kl_coef > 0), "process": 5e8 if device == "cuda" else peak_rss()}
+    copies = 2 * n if device == "cuda" else 4 * sum(x for x in matrices if x >= 2**18) * (size == 4)
+    left = 0.8 * (total - sum(held.values()) - copies) if device == "cuda" else total / 4
+    group, first = (sum(rollout.group_bytes(config, *lens, dtype)) for lens in (
+        (longest, c.max_response, c.group_size), (c.max_prompt, c.max_response, 1)))
+    wanted = max(problems * group, (c.cache_init_chunk or 1e9) / shards * first * (c.rollout == "rpo"))
+    tokens = min(c.tokens_per_forward, problems * (longest + c.group_size * c.max_response))
+    # of a token in a layer: kept for the backward pass, and needed in it
+    kept = 16 * hidden + size * (2 * hidden + 2 * (heads + kv_heads) * dim + 4 * inner)
+    workspace = 8 * hidden + 3 * size * inner
+    whole = 0 if shards == 1 else 2 * size * (n - 2 * vocab * hidden) / layers + 4 * vocab * hidden
+    backward = max(tokens * (kept * c.gradient_checkpointing + workspace),
+                   12 * min(LOGITS_PER_CHUNK[device], tokens * vocab))
+    return ({**held, "copy of the weights for decoding": copies,
+             "keys, values, logits": max(group, min(wanted, c.rollout_memory * 2**30 or left)),
+             "prefill": min(rollout.PREFILL_TOKENS, problems * longest) * (workspace + 4 * hidden)},
+            {**held, "gradients": 4 * n / shards, "gradient of the head": (4 + size % 4) * vocab * hidden,
+             "whole layers of shards": whole,
+             "activations": tokens * layers * (4 * hidden if c.gradient_checkpointing else kept),
+             "backward of a layer, or logits": backward})
+
+
+def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shards: int = 1) -> str:
+    """Does the plan fit, or with which options would it?"""
+    choices = [replace(c, optimizer=name, tokens_per_forward=c.tokens_per_forward // 2**i)
+               for name in dict.fromkeys((c.optimizer, "adamw8bit")) for i in range(5)]
+    for other in choices:
+        if max(sum(x.values()) for x in memory_plan(other, model, device, total, shards)) <= 0.97 * total:
+            return "fits" if other is choices[0] else \
+                f"fits with --optimizer {other.optimizer} --tokens-per-forward {other.tokens_per_forward}"
+    return "does not fit: take a smaller model"
+
+
+def report(c: Config, device: torch.device, gb: float, cards: int) -> str:
+    """What the run needs, as a table, and whether it fits."""
+    model = load_shape(data.find_model(c.model, weights=False))
+    kind, total = ("cuda", gb * 1e9) if gb else (device.type, device_bytes(device))
+    plans = memory_plan(c, model, kind, total, cards)
+    names = [name for name, size in (plans[0] | plans[1]).items() if size]
+    plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
+    cut = cache.parse_max_cut(c.max_cut) * (c.max_response if "." in c.max_cut else 1)
+    stretch = c.cut_tail / (c.cut_tail - 1) if c.cut_tail > 1 else math.inf if c.cut_tail else 1  # its mean
+    suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2 * stretch)
+    rows = c.problems_per_step * c.group_size
+    return "\n".join([
+        f"{c.model} on {cards} {kind} of {total / 1e9:.1f} GB: {what_fits(c, model, kind, total, cards)}", "",
+        head("GB", "rollout", "update"),
+        *(row(name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans))
+          for name in (*names, "**peak**")), "",
+        f"tokens sampled in a round: about {rows * suffix:,.0f} where suffixes are as long as what was cut "
+        f"off, at most {rows * c.max_response:,}"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    own = parser(__doc__)
+    own.add_argument("--gb", type=float, default=0.0, help="memory of the GPU; without, the device at hand")
+    own.add_argument("--cards", type=int, default=1, help="GPUs that share the run, with --shard")
+    args, options = own.parse_known_args(arguments)
+    if args.gb < 0 or args.cards < 1:
+        own.error(f"--gb {args.gb:g}, --cards {args.cards}: give the memory of a GPU, and how many there are")
+    config = parse_config(options)
+    try:
+        print(report(config, device_of(config.device), args.gb, args.cards))
+    except (ValueError, OSError) as error:
+        return fail("memory.py", 2, error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
