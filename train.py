@@ -262,12 +262,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                 keep_correct=c.prefix_gate and bool(g.prefix))
         first = [path for i, path in first.items() if i not in task.solutions]
-        state.kinds = count_visits(state, sampled, [len(path.response_ids) for path in first])
-        state.tokens_generated = sum(tokens for _, tokens in state.kinds.values())
-        fresh = [path.correct for path in first] + [ok for g in sampled if not g.prefix for ok in g.correct]
-        paid = [g.pays for g in sampled if g.prefix and not cut[g.problem.id].correct]
-        state.pass_rate = follow(state.pass_rate, fresh, 100)
-        state.wrong_pays = follow(state.wrong_pays, paid, 20)
+        state = count_visits(state, sampled, first, cut)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
@@ -464,13 +459,19 @@ def follow(share: float, seen: Sequence[bool], memory: int) -> float:
     return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
 
 
-def count_visits(state: State, groups: list[Group], first: Sequence[int]) -> dict[str, list[int]]:
-    """Visits since the start of the run and the tokens generated for them, by kind.
-    first: lengths of the first paths of this step."""
-    new = {"first_path": first, "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
+def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cut: Paths) -> State:
+    """The state with the visits of a step, the tokens generated for them, and how often they were right.
+    first: paths sampled in it. cut: the cache before it."""
+    new = {"first_path": [len(path.response_ids) for path in first],
+           "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
            "prefix": [sum(map(len, g.suffixes)) for g in groups if g.prefix]}
     old = {kind: state.kinds.get(kind, [0, 0]) for kind in new}
-    return {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
+    kinds = {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
+    fresh = [path.correct for path in first] + [ok for g in groups if not g.prefix for ok in g.correct]
+    paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
+    return replace(state, kinds=kinds, tokens_generated=sum(tokens for _, tokens in kinds.values()),
+                   pass_rate=follow(state.pass_rate, fresh, 100),
+                   wrong_pays=follow(state.wrong_pays, paid, 20))
 
 
 def visit_metrics(state: State, before: State, groups: list[Group], cut: Paths) -> dict[str, float]:
