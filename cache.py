@@ -14,12 +14,12 @@ import numpy as np
 @dataclass(frozen=True)
 class Entry:
     """The cached path of one problem."""
-    response_ids: list[int]  # the whole response, EOS included when it finished: never decoded and re-encoded
+    response_ids: list[int]  # whole, EOS included when it finished: never decoded and re-encoded; empty: the
+    #                          next visit starts from the bare prompt
     reward: float
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
-    step: int  # when the path was written; 0: a first path
-    restart: bool = False  # its prefix did not pay: the next visit starts from the bare prompt
+    step: int  # when the path was written
 
 
 def parse_max_cut(text: str) -> int | float:
@@ -73,6 +73,12 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-10]
     branch: branch_probabilities of the whole path."""
     return entry.response_ids[:int(np.argmax(branch))]
+
+
+def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
+    """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-10]
+    Else its visit starts from the bare prompt. A twentieth goes on, to notice when it begins to pay."""
+    return rng.random() < max(0.05, (2 * wrong_pays) ** 2)
 
 
 def pays(correct: Sequence[bool], share: float, pass_rate: float) -> bool:

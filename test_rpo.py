@@ -992,15 +992,13 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allow
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4, True), "b": cache.Entry([], 0.0, False, 1, 0)}
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4), "b": cache.Entry([], 0.0, False, 1, 0)}
     cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("crc") for line in lines)
     assert lines == [{"tokenizer": "words"},
-        {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
-         "restart": True},
-        {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
-         "restart": False}]
+        {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4},
+        {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
@@ -1820,13 +1818,13 @@ class Sure:
 
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
-                correct: bool = True, restart: tuple[bool, ...] = (False,) * 4,
-                wrong_pays: float = 0.5) -> list[int | None]:
-    """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end."""
+                correct: bool = True, wrong_pays: float = 0.5) -> list[int | None]:
+    """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0: there
+    is no path."""
     config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
-    paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0, anew)
-             for p, n, anew in zip(problems, branches, restart)}
+    paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
+             cache.Entry([], 0.0, False, 0, 0) for p, n in zip(problems, branches)}
     prefixes = train.cut_paths(config, step, range(len(branches)), problems, paths,
                                {p.id: [2, 3] for p in problems}, Sure(), wrong_pays)
     for p, prefix in zip(problems, prefixes):
@@ -1850,10 +1848,10 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step():
 def test_wrong_paths_and_prefixes_that_did_not_pay():
     """Continuing wrong paths anywhere made a mostly wrong policy worse: 17 % -> 9 % on chain sums."""
     assert cut_lengths(4, correct=False) == [150, 90, 150, 90]  # before BRANCH, though L is 100
-    for paid, share in ((0.6, 1.0), (0.2, 0.4), (0.0, 0.1)):  # twice as many as paid go on, a tenth at least
+    for paid, share in ((0.5, 1.0), (0.25, 0.25), (0.0, 0.05)):  # (2 x)^2 of them go on, a twentieth at least
         cuts = [n for step in range(250) for n in cut_lengths(step, correct=False, wrong_pays=paid)]
         assert abs(1000 * share - sum(n < 200 for n in cuts)) <= 3 * math.sqrt(1000 * share * (1 - share))
-    assert cut_lengths(4, restart=(True, False, True, True)) == [200, 90, 200, 200]  # from the bare prompt
+    assert cut_lengths(4, branches=(0, 90, 0, 0)) == [200, 90, 200, 200]  # from the bare prompt
     assert cut_lengths(4, "--no-prefix-gate", correct=False) == [None, 90, None, 90]  # as if they were right
     visits = [(data.Problem("a", "?", "7"), [1, 2], [5] * 60), (data.Problem("b", "?", "7"), [1, 2], [])]
     checker = SimpleNamespace(check=lambda pairs: [i % 8 < 3 for i in range(len(pairs))])
@@ -1916,16 +1914,32 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     _, (_, task, policy, _, _, rule, *_) = train.prepare(config)
     assert "1 of 4 problems have no worked solution" in capsys.readouterr().out
     how = rollout.Sampling((task.tokenizer.eos_token_id,), policy.vocab_size)
-    paths = train.first_paths(config, task.problems, task, policy, how, rule, 1.0)
+    paths = train.first_paths(config, 1, task.problems, 1.0, task, policy, how, rule, 1.0)
     assert [paths[p.id].correct for p in task.problems[1:]] == [True, False, True]
     for p in task.problems[1:]:
         assert task.tokenizer.decode(paths[p.id].response_ids) == p.solution + "<|im_end|>"
         assert paths[p.id].reward == paths[p.id].correct
         assert paths[p.id].shortest == len(paths[p.id].response_ids)
     assert len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
+    # later, where the solution did not pay: a fresh path, as often as that would be right, else none
+    again, short = task._replace(solutions={}), replace(config, max_response=1)
+    count = sum(len(path.response_ids) for step in range(1, 41) for path in train.first_paths(
+        short, step, task.problems, 0.25, again, policy, how, rule, 1.0).values())
+    assert abs(count - 40) < 3 * math.sqrt(160 * 0.25 * 0.75)
     bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
     message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
     assert "--cache-init" in message and not (tmp_path / "no").exists()
+
+
+def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
+    """No response is right, so no prefix pays; without the rule the best wrong response is kept."""
+    problems = [{**p, "answer": "1/31337", "solution": "So it is \\boxed{7}, I think, or something like that"}
+                for p in lines_of(TINY / "train.jsonl")[:4]]
+    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--cache-init", "solutions", "--steps", "1",
+               "--dynamic-rounds", "1", "--max-response", "60", "--problems-per-step", "4"]
+    for name, rule, left in (("on", "--prefix-gate", 0), ("off", "--no-prefix-gate", 4)):
+        run_with(tmp_path / name, *options, rule)
+        assert len(lines_of(tmp_path / name / "cache.jsonl")[1:]) == left
 
 
 def test_problems_are_drawn_by_the_seed():
@@ -1939,14 +1953,14 @@ def test_problems_are_drawn_by_the_seed():
 
 def test_a_step_of_more_problems_than_first_paths_are_sampled_at_once(tmp_path):
     (metrics,) = run_with(tmp_path / "run", "--steps", "1", "--dynamic-rounds", "1", "--max-response", "200",
-                          "--cache-init-chunk", "2")
+                          "--cache-init-chunk", "2", "--no-prefix-gate")  # none is given up
     assert metrics["cache/entries"] == 4  # two chunks of two
 
 
 def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     problems = {p.id: p for p in load(str(TINY / "train.jsonl"))}
-    for record in lines_of(finished / "cache.jsonl")[1:]:
+    for record in [r for r in lines_of(finished / "cache.jsonl")[1:] if r["response_ids"]]:
         text = tokenizer.decode(record["response_ids"])
         assert record["response_ids"].count(tokenizer.eos_token_id) == text.endswith("<|im_end|>")
         assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")

@@ -16,7 +16,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-7] the cut is where the policy may branch off                       cache.py:branch_probabilities
 # [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
 # [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-10] a prefix must pay, else the next visit starts from the prompt   cache.py:pays, cut_wrong
+# [RPO-10] a prefix must pay, else its path is given up                    cache.py:pays, goes_on, cut_wrong
 from __future__ import annotations
 
 import argparse
@@ -219,8 +219,10 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     epoch = range(state.visits, state.visits + len(task.problems))
                     ahead = problems_of(task.problems, c.seed, epoch)
                     chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
-                    first |= first_paths(c, chunk[:c.cache_init_chunk or None], task, policy, how, rule,
-                                         memory)
+                    pass_rate = state.pass_rate if c.prefix_gate and state.paths else 1.0
+                    early = task if state.visits < len(task.problems) else task._replace(solutions={})
+                    first |= first_paths(c, step, chunk[:c.cache_init_chunk or None], pass_rate, early,
+                                         policy, how, rule, memory)
                     state.paths |= first
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
@@ -256,12 +258,13 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         # 8. cache: one response of each group may replace the path
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
-            path = state.paths[g.problem.id]
-            state.paths[g.problem.id] = replace(path, restart=True) if not g.pays else cache.update(
-                path, g.responses, g.rewards, g.correct, step,
-                np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
-                keep_correct=c.prefix_gate and bool(g.prefix))
-        first = [path for i, path in first.items() if i not in task.solutions]
+            path = state.paths.pop(g.problem.id, cut[g.problem.id])  # given up where the prefix did not pay
+            if g.pays:
+                state.paths[g.problem.id] = cache.update(
+                    path, g.responses, g.rewards, g.correct, step,
+                    np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
+                    keep_correct=c.prefix_gate and bool(g.prefix))
+        first = [p for i, p in first.items() if p.response_ids and p.response_ids != task.solutions.get(i)]
         state = count_visits(state, sampled, first, cut)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
@@ -302,55 +305,62 @@ def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[P
     return [problems[order[visit // n][visit % n]] for visit in visits]
 
 
-def first_paths(c: Config, problems: Sequence[Problem], task: Task, policy: Policy, how: rollout.Sampling,
-                rule: rewards.RewardRule, memory: float) -> Paths:
-    """A path per problem (eq. 1), correct or not. [RPO-9]"""
+def first_paths(c: Config, step: int, problems: Sequence[Problem], pass_rate: float, task: Task,
+                policy: Policy, how: rollout.Sampling, rule: rewards.RewardRule, memory: float) -> Paths:
+    """A path per problem (eq. 1), correct or not: its worked solution, or else, with chance pass_rate, one
+    that is sampled. The others have none, and their visits start from the bare prompt. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
     verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
     correct = gather(dict(zip(mine, verdicts)))
     paths = {p.id: cache.Entry(task.solutions[p.id], float(correct[i]), correct[i],
-                               len(task.solutions[p.id]), 0) for i, p in enumerate(given)}
-    visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in task.solutions]
-    requests = requests_of(visits, 1, c.max_response, (c.seed, 0, INIT))
+                               len(task.solutions[p.id]), step) for i, p in enumerate(given)}
+    left = [p for p in problems if p.id not in paths]
+    none = [p.id for p in left
+            if np.random.default_rng((c.seed, step, INIT, int(p.id, 16))).random() >= pass_rate]
+    paths |= {i: cache.Entry([], 0.0, False, 0, step) for i in none}
+    visits = [(p, task.prompts[p.id], []) for p in left if p.id not in paths]
+    requests = requests_of(visits, 1, c.max_response, (c.seed, step, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
-    return paths | {
-        g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]), 0)
-        for g in groups}
+    return paths | {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]),
+                                              step) for g in groups}
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
               prompts: dict[str, list[int]], policy: Policy, wrong_pays: float) -> list[list[int] | None]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
-    wrong_pays: the share of wrong paths' prefixes that paid; twice as many are continued, a tenth at least.
-    visited: numbers of the visits, for the random numbers. The last visit is not skipped if all others are.
-    """
+    wrong_pays: the share of wrong paths' prefixes that paid. visited: numbers of the visits, for the random
+    numbers. The last visit is not skipped if all others are."""
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
-    max_cut = cache.parse_max_cut(c.max_cut)
+    rngs = [np.random.default_rng((c.seed, step, CUT, visit)) for visit in visited]
+    max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem
     wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
-    longest = {i: len(path.response_ids) if i in wrong else cache.longest_cut(path, max_cut, stretch)
-               for i, path in paths.items() if not path.restart}
+    for problem, rng in zip(problems, rngs):
+        path = paths[problem.id]
+        if problem.id not in wrong:
+            longest[problem.id] = cache.longest_cut(path, max_cut, stretch)
+        elif path.response_ids and cache.goes_on(wrong_pays, rng):
+            longest[problem.id] = len(path.response_ids)
     branch = {i: np.ones(limit) for i, limit in longest.items()}
-    if c.skip_certain or c.cut_position == "uncertain" or wrong:
+    if branch and (c.skip_certain or c.cut_position == "uncertain" or wrong):
         whole = {i: prompts[i] + paths[i].response_ids for i in longest}
         trees = [Tree(whole[i][:-limit], [whole[i][-limit:]]) for i, limit in longest.items()]
         scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
         branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
     prefixes: list[list[int] | None] = []
-    for visit, problem in zip(visited, problems):
-        path, rng = paths[problem.id], np.random.default_rng((c.seed, step, CUT, visit))
-        if path.restart or problem.id in wrong:
-            anew = path.restart or rng.random() >= max(0.1, 2 * wrong_pays)
-            prefixes.append([] if anew else cache.cut_wrong(path, branch[problem.id]))
-            continue
-        weights = branch[problem.id]
+    for visit, problem, rng in zip(visited, problems, rngs):
+        path, weights = paths[problem.id], branch.get(problem.id)
         alone = visit == visited[-1] and all(prefix is None for prefix in prefixes)
-        if c.skip_certain and cache.is_skipped(weights, rng) and not alone:
+        if weights is None:
+            prefixes.append([])
+        elif problem.id in wrong:
+            prefixes.append(cache.cut_wrong(path, weights))
+        elif c.skip_certain and cache.is_skipped(weights, rng) and not alone:
             prefixes.append(None)
-            continue
-        weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
-        prefixes.append(cache.cut(path, weights, rng))
+        else:
+            weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
+            prefixes.append(cache.cut(path, weights, rng))
     return prefixes
 
 
@@ -439,6 +449,7 @@ def mean(values: Iterable[float]) -> float:
 def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths: Paths) -> dict[str, float]:
     """A metric is one line here and one in docs/metrics.md. cut, paths: cache before and after the step."""
     names = sorted({name for g in sampled for name in g.parts})
+    kept = [path for path in paths.values() if path.response_ids]
     return {"reward/mean": mean(r for g in sampled for r in g.rewards),
             "reward/accuracy": mean(ok for g in sampled for ok in g.correct),
             **{f"reward/{name}": mean(x for g in sampled for x in g.parts[name]) for name in names},
@@ -450,8 +461,8 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "response/prefix_length": mean(len(g.prefix) for g in sampled),
             "response/suffix_length": mean(len(s) for g in sampled for s in g.suffixes),
             "response/finished_fraction": mean(x for g in sampled for x in g.finished),
-            **({"cache/entries": len(paths), "cache/reward": mean(e.reward for e in paths.values()),
-                "cache/correct": mean(e.correct for e in paths.values())} if paths else {})}
+            **({"cache/entries": len(kept), "cache/reward": mean(e.reward for e in kept),
+                "cache/correct": mean(e.correct for e in kept)} if kept else {})}
 
 
 def follow(share: float, seen: Sequence[bool], memory: int) -> float:
