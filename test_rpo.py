@@ -1819,8 +1819,8 @@ class Sure:
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
                 correct: bool = True, wrong_pays: float = 0.5) -> list[int | None]:
-    """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0: there
-    is no path."""
+    """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0:
+    there is no path."""
     config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
@@ -1914,7 +1914,9 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     _, (_, task, policy, _, _, rule, *_) = train.prepare(config)
     assert "1 of 4 problems have no worked solution" in capsys.readouterr().out
     how = rollout.Sampling((task.tokenizer.eos_token_id,), policy.vocab_size)
-    paths = train.first_paths(config, 1, task.problems, 1.0, task, policy, how, rule, 1.0)
+    given, fresh = train.first_paths(config, 1, task.problems, task, policy, how, rule, 1.0, 1.0)
+    assert fresh.keys() == {task.problems[0].id}
+    paths = given | fresh
     assert [paths[p.id].correct for p in task.problems[1:]] == [True, False, True]
     for p in task.problems[1:]:
         assert task.tokenizer.decode(paths[p.id].response_ids) == p.solution + "<|im_end|>"
@@ -1923,8 +1925,8 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     assert len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
     # later, where the solution did not pay: a fresh path, as often as that would be right, else none
     again, short = task._replace(solutions={}), replace(config, max_response=1)
-    count = sum(len(path.response_ids) for step in range(1, 41) for path in train.first_paths(
-        short, step, task.problems, 0.25, again, policy, how, rule, 1.0).values())
+    count = sum(len(train.first_paths(short, step, task.problems, again, policy, how, rule, 1.0, 0.25)[1])
+                for step in range(1, 41))
     assert abs(count - 40) < 3 * math.sqrt(160 * 0.25 * 0.75)
     bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
     message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")

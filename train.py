@@ -203,7 +203,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained, first = [time.perf_counter()], [], [], {}
+        clock, sampled, trained, first = [time.perf_counter()], [], [], []
         before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
@@ -216,14 +216,15 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
-                    epoch = range(state.visits, state.visits + len(task.problems))
-                    ahead = problems_of(task.problems, c.seed, epoch)
-                    chunk = list({p.id: p for p in ahead if p.id not in state.paths}.values())
-                    pass_rate = state.pass_rate if c.prefix_gate and state.paths else 1.0
+                    chunk = problems_ahead(c, task.problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
-                    first |= first_paths(c, step, chunk[:c.cache_init_chunk or None], pass_rate, early,
-                                         policy, how, rule, memory)
-                    state.paths |= first
+                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
+                                               state.pass_rate if c.prefix_gate and state.paths else 1.0)
+                    if not state.paths:  # what is known at first
+                        right = [path.correct for path in fresh.values()]
+                        state.pass_rate = state.wrong_pays = follow(0.5, right, 2)
+                    state.paths |= given | fresh
+                    first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
                 prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy,
@@ -264,7 +265,6 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     path, g.responses, g.rewards, g.correct, step,
                     np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                     keep_correct=c.prefix_gate and bool(g.prefix))
-        first = [p for i, p in first.items() if p.response_ids and p.response_ids != task.solutions.get(i)]
         state = count_visits(state, sampled, first, cut)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
@@ -305,10 +305,18 @@ def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[P
     return [problems[order[visit // n][visit % n]] for visit in visits]
 
 
-def first_paths(c: Config, step: int, problems: Sequence[Problem], pass_rate: float, task: Task,
-                policy: Policy, how: rollout.Sampling, rule: rewards.RewardRule, memory: float) -> Paths:
+def problems_ahead(c: Config, problems: Sequence[Problem], visits: int, paths: Paths) -> list[Problem]:
+    """Problems without a path, in the order of their next visits: so many as are sampled at once."""
+    ahead = problems_of(problems, c.seed, range(visits, visits + len(problems)))
+    return list({p.id: p for p in ahead if p.id not in paths}.values())[:c.cache_init_chunk or None]
+
+
+def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
+                how: rollout.Sampling, rule: rewards.RewardRule, memory: float,
+                pass_rate: float) -> tuple[Paths, Paths]:
     """A path per problem (eq. 1), correct or not: its worked solution, or else, with chance pass_rate, one
-    that is sampled. The others have none, and their visits start from the bare prompt. [RPO-9]"""
+    that is sampled: those are the second part. The others have none, and their visits start from the bare
+    prompt. [RPO-9]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
     verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
@@ -323,8 +331,8 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], pass_rate: fl
     requests = requests_of(visits, 1, c.max_response, (c.seed, step, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
-    return paths | {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]),
-                                              step) for g in groups}
+    return paths, {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]),
+                                             step) for g in groups}
 
 
 def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
