@@ -152,7 +152,6 @@ class State:
     wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
-    tokens_generated: int = 0  # first paths included, evaluation not
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
     skipped_in_a_row: int = 0  # updates whose gradient was not finite
     seconds: float = 0.0
@@ -161,6 +160,11 @@ class State:
     accuracy_after: float | None = None
     metrics: dict = field(default_factory=lambda: {"step": 0})  # of the last step, before its evaluation
     log_bytes: dict = field(default_factory=dict)  # size of the logs without them
+
+    @property
+    def tokens_generated(self) -> int:
+        """First paths included, evaluation not."""
+        return sum(tokens for _, tokens in self.kinds.values())
 
 
 class Checker(answers.Checker):
@@ -488,8 +492,7 @@ def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cu
     kinds = {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
     fresh = [path.correct for path in first] + [ok for g in groups if not g.prefix for ok in g.correct]
     paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
-    return replace(state, kinds=kinds, tokens_generated=sum(tokens for _, tokens in kinds.values()),
-                   pass_rate=follow(state.pass_rate, fresh, 100),
+    return replace(state, kinds=kinds, pass_rate=follow(state.pass_rate, fresh, 100),
                    wrong_pays=follow(state.wrong_pays, paid, 20))
 
 
