@@ -24,7 +24,7 @@ TRAIN, TEST, EVERY = 512, 1024, 10  # problems; steps between checkpoints
 TRAINING = ["--problems-per-step", 16, "--group-size", 8, "--max-prompt", 128, "--max-response", 192,
             "--max-cut", 0.2, "--dynamic-rounds", 2, "--length-reward", 0, "--overlong-penalty", 0,
             "--lr", 3e-5, "--warmup-steps", 5, "--weight-decay", 0, "--steps", 100000, "--eval-every", 0,
-            "--save-every", EVERY, "--keep-checkpoints", 1000, "--cache-init-chunk", 256,
+            "--save-every", EVERY, "--keep-checkpoints", 1000, "--cache-init-chunk", 64,
             "--no-gradient-checkpointing"]
 WAYS = {"full paths": ["--rollout", "full"], "RPO": ["--rollout", "rpo"],
         "RPO, any path is continued": ["--rollout", "rpo", "--no-prefix-gate"]}
@@ -122,19 +122,21 @@ def main() -> None:
     folder = args.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     start = start_policy(folder)
-    first = sampled(start, start, folder / "start-eval")
+    first, text = sampled(start, start, folder / "start-eval"), ""
     print(f"before: pass@1 {first:.3f}", flush=True)
     curves: dict[str, list[list[dict]]] = {way: [] for way in WAYS}
     with ThreadPoolExecutor(2) as pool:
-        todo = [(way, seed) for seed in range(args.seeds) for way in WAYS]
+        *first_ways, harmful = WAYS
+        todo = [*((way, seed) for seed in range(args.seeds) for way in first_ways),
+                *((harmful, seed) for seed in range(args.seeds))]
         runs = pool.map(lambda x: curve(*x, start, folder, args.seconds), todo)
         for (way, seed), points in zip(todo, runs):
             curves[way].append(points)
             last = points[-1]
             print(f"{way}, seed {seed}: step {last['step']}, pass@1 {last['pass@1']:.3f}", flush=True)
-            if all(curves.values()):
-                write(first, curves, args.seconds)
-    print(write(first, curves, args.seconds))
+            if len(curves[first_ways[0]]) == len(curves[first_ways[1]]):  # what is there so far
+                text = write(first, {way: seeds for way, seeds in curves.items() if seeds}, args.seconds)
+    print(text)
 
 
 if __name__ == "__main__":
