@@ -1825,8 +1825,8 @@ def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
              cache.Entry([], 0.0, False, 0, 0) for p, n in zip(problems, branches)}
-    prefixes = train.cut_paths(config, step, range(len(branches)), problems, paths,
-                               {p.id: [2, 3] for p in problems}, Sure(), wrong_pays)
+    prefixes = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure(),
+                               wrong_pays)
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
     return [None if prefix is None else 200 - len(prefix) for prefix in prefixes]
@@ -1942,6 +1942,26 @@ def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
     for name, rule, left in (("on", "--prefix-gate", 0), ("off", "--no-prefix-gate", 4)):
         run_with(tmp_path / name, *options, rule)
         assert len(lines_of(tmp_path / name / "cache.jsonl")[1:]) == left
+
+
+def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path):
+    """On a weak policy an epoch is long: until then the few correct paths were of no use."""
+    def group(name: str, prefix: list[int], *right: bool) -> rewards.Group:
+        problem = data.Problem(name, "?", "1")
+        return rewards.Group(problem, [1], prefix, 9, [[2]] * 2, [[-1.0]] * 2, [True] * 2, list(right),
+                             [0.0, 0.0], {}, True)
+    groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
+              group("d", [5], True, False), group("e", [], False, True)]
+    config = train.parse_config([*QUICK, "--problems-per-step", "4"])
+    assert train.found(config, groups) == ["a", "e"]
+    assert train.found(replace(config, problems_per_step=3), groups) == ["a"]  # half of a step at most
+    assert train.found(replace(config, prefix_gate=False), groups) == []
+    assert train.found(replace(config, rollout="full"), groups) == []
+    problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
+    plain = [p.id for p in train.problems_of(problems, 0, range(5))]
+    left = next(p.id for p in problems if p.id not in plain)
+    assert [p.id for p in train.problems_of(problems, 0, range(5), [left, plain[1]])] == [
+        left, plain[1], plain[0], *plain[2:]]  # none twice
 
 
 def test_problems_are_drawn_by_the_seed():

@@ -17,6 +17,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
 # [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
 # [RPO-10] a prefix must pay, else its path is given up                    cache.py:pays, goes_on, cut_wrong
+# [RPO-11] a path found by whole responses is continued in the next step      train.py:found
 from __future__ import annotations
 
 import argparse
@@ -150,6 +151,7 @@ class State:
     visits: int = 0  # of problems so far, skipped ones included
     pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
     wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
+    again: list[str] = field(default_factory=list)  # problems whose whole responses were partly right
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
@@ -207,15 +209,15 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained, first = [time.perf_counter()], [], [], []
+        clock, sampled, trained, first, tried, again = [time.perf_counter()], [], [], [], 0, state.again
         before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
-            share = (len(trained) + 1) / (state.visits - before.visits + 1)
+            share = (len(trained) + 1) / (tried + 1)
             count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
-            visited = range(state.visits, state.visits + count)
-            problems = problems_of(task.problems, c.seed, visited)
+            visited = range(state.visits, state.visits + count - len(again))
+            problems = problems_of(task.problems, c.seed, visited, again)
             prefixes = [[] for _ in problems]  # of full paths
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
@@ -231,8 +233,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, visited, problems, paths, task.prompts, policy,
-                                     state.wrong_pays)
+                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -242,7 +243,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             # 4. rewards of the whole responses
             groups = make_groups(visits, requests, suffixes, task.tokenizer, rule,
                                  state.pass_rate if c.prefix_gate else None)
-            state.visits = visited.stop
+            state.visits, tried, again = visited.stop, tried + len(problems), []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
@@ -270,11 +271,12 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                     keep_correct=c.prefix_gate and bool(g.prefix))
         state = count_visits(state, sampled, first, cut)
+        state.again = found(c, sampled)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
-                         **visit_metrics(state, before, sampled, cut),
+                         **visit_metrics(state, before, sampled, tried, cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -301,18 +303,21 @@ def agree(state: State, stop: threading.Event) -> bool:
     return any(stopped for _, stopped in seen)
 
 
-def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[Problem]:
-    """The problems of these visits: all of them in a new random order every epoch."""
-    n = len(problems)
+def problems_of(problems: Sequence[Problem], seed: int, visits: range,
+                again: Sequence[str] = ()) -> list[Problem]:
+    """Those named in `again`, then those of these visits: all of them in a new random order every epoch.
+    None comes twice."""
+    n, by_id = len(problems), {p.id: p for p in problems if again}
     order = {epoch: np.random.default_rng((seed, epoch, ORDER)).permutation(n)
              for epoch in {visit // n for visit in visits}}
-    return [problems[order[visit // n][visit % n]] for visit in visits]
+    due = [by_id[i] for i in again] + [problems[order[visit // n][visit % n]] for visit in visits]
+    return list({p.id: p for p in due}.values())
 
 
 def problems_ahead(c: Config, problems: Sequence[Problem], visits: int, paths: Paths) -> list[Problem]:
     """Problems without a path, in the order of their next visits: so many as are sampled at once."""
     ahead = problems_of(problems, c.seed, range(visits, visits + len(problems)))
-    return list({p.id: p for p in ahead if p.id not in paths}.values())[:c.cache_init_chunk or None]
+    return [p for p in ahead if p.id not in paths][:c.cache_init_chunk or None]
 
 
 def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
@@ -339,13 +344,13 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
                                              step) for g in groups}
 
 
-def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[Problem], paths: Paths,
-              prompts: dict[str, list[int]], policy: Policy, wrong_pays: float) -> list[list[int] | None]:
+def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, prompts: dict[str, list[int]],
+              policy: Policy, wrong_pays: float) -> list[list[int] | None]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
-    wrong_pays: the share of wrong paths' prefixes that paid. visited: numbers of the visits, for the random
-    numbers. The last visit is not skipped if all others are."""
+    wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
+    """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
-    rngs = [np.random.default_rng((c.seed, step, CUT, visit)) for visit in visited]
+    rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
     max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem
     wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
     for problem, rng in zip(problems, rngs):
@@ -361,9 +366,9 @@ def cut_paths(c: Config, step: int, visited: Sequence[int], problems: Sequence[P
         scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
         branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
     prefixes: list[list[int] | None] = []
-    for visit, problem, rng in zip(visited, problems, rngs):
+    for problem, rng in zip(problems, rngs):
         path, weights = paths[problem.id], branch.get(problem.id)
-        alone = visit == visited[-1] and all(prefix is None for prefix in prefixes)
+        alone = len(prefixes) == len(problems) - 1 and all(prefix is None for prefix in prefixes)
         if weights is None:
             prefixes.append([])
         elif problem.id in wrong:
@@ -477,6 +482,14 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
                 "cache/correct": mean(e.correct for e in kept)} if kept else {})}
 
 
+def found(c: Config, groups: Sequence[Group]) -> list[str]:
+    """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-11]
+    A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
+    They are half of a step at most."""
+    both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
+    return both[:c.problems_per_step // 2] if c.rollout == "rpo" and c.prefix_gate else []
+
+
 def follow(share: float, seen: Sequence[bool], memory: int) -> float:
     """A running mean over about the last `memory` of what was seen."""
     return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
@@ -496,16 +509,16 @@ def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cu
                    wrong_pays=follow(state.wrong_pays, paid, 20))
 
 
-def visit_metrics(state: State, before: State, groups: list[Group], cut: Paths) -> dict[str, float]:
-    """Do prefixes help? cut: the cache before the step."""
+def visit_metrics(state: State, before: State, groups: list[Group], tried: int,
+                  cut: Paths) -> dict[str, float]:
+    """Do prefixes help? tried: visits of the step. cut: the cache before it."""
     counts = {f"visits/{kind}": n - before.kinds.get(kind, [0])[0] for kind, (n, _) in state.kinds.items()}
-    skipped = state.visits - before.visits - len(groups)
     prefixed, whole = ([g for g in groups if bool(g.prefix) == x] for x in (True, False))
     wrong = [not cut[g.problem.id].correct for g in prefixed if g.pays]
     rates = {"reward/accuracy_prefix": [x for g in prefixed for x in g.correct],
              "reward/accuracy_whole": [x for g in whole for x in g.correct],
              "group/paying_fraction": [g.pays for g in prefixed], "group/wrong_prefix_fraction": wrong}
-    return counts | {"visits/skipped": skipped, "cache/pass_rate": state.pass_rate} | {
+    return counts | {"visits/skipped": tried - len(groups), "cache/pass_rate": state.pass_rate} | {
         name: mean(values) for name, values in rates.items() if values}
 
 
