@@ -3,8 +3,7 @@
 Our own tokenizer and parser turn both answers into trees of tuples; nothing a model wrote is run as code.
 Trees are compared from cheap to expensive: text, structure, exact fractions with the symbols at fixed random
 points; only what is not a fraction is computed with 60 and with 120 digits. Everything is bounded before it
-is computed, by counting and not by a clock: a verdict is the same on every machine, and needs no process of
-its own. The choices on which graders differ: docs/answers.md."""
+is computed, by counting and not by a clock: a verdict is the same on every machine. See docs/answers.md."""
 import contextlib
 import functools
 import math
@@ -26,15 +25,22 @@ class Refused(Exception):
     """The answer cannot be read or is beyond the bounds. Never leaves this module."""
 
 
+def _limit(size: object, most: int) -> None:
+    if size > most:
+        raise Refused("too long, too deep, too large or too much work")
+
+
 # --- extract ------------------------------------------------------------------------------------------------
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*(\{)|\\.|[{}]", re.S)
 _MARK = re.compile(r"####|(?i:\banswers?\b[\s*]{0,4}(?:(?:is|are)\b(?! not\b)|:|=))|(?:^|(?<=\n))[ *]{0,4}A:")
 _FORMULA = r"(?<!\\)\$\$?((?:\\\$|[^$]){1,400}?)(?<!\\)\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\]"
 _LOOSE = re.compile(_FORMULA + r"|(?<![\w.,])(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?\s?(?:\\?%|percent)?)", re.S)
+_SAID = re.compile(rf"(?:[^\w$\\]*(?:{_FORMULA}))?.*?(?=\.(?:\s|\Z)|\n|\Z)", re.S)
 _PROSE = re.compile(r"[^\d\\$]*[A-Za-z]{3}|.*\S\n.*\S", re.S)
 _AFTERTHOUGHT = re.compile(  # 72, which is the total; but not: 72, or maybe 73
-    r"(.*?)(?:(?<=[\w$)}\]%°!])(?:[,;] *| +\((?!mod)| +(?=(?:which|because|since|so|not)\b))(?=an? |[a-z]{2})"
-    r"(?!(?:and|sin|cos|ln|log)\b|.*\b(?:or|maybe|perhaps|possibly|but|though|wait|actually)\b).*)?", re.S)
+    r"(.*?)(?:(?<=[\w$)}\]%°!])(?:[,;] *| +\((?!mod)| +(?=(?:which|because|since|so|not)\b))"
+    r"(?=an? |[a-z]{2})(?!(?:and|sin|cos|ln|log)\b"
+    r"|.*\b(?:or|may|maybe|might|could|perhaps|possibly|but|though|wait|actually)\b).*)?", re.S)
 _MARKUP = re.compile(r"\\(?:q?quad|text|mbox|[()\[\],;: ])|[${}*\s\"]")
 _JOINT = re.compile(r" *(?:[,;]|[^.?!:;]{0,30}\b(?:and|or)\b)? *(?:\w{1,8} *=)? *")
 
@@ -78,9 +84,7 @@ def _boxed(text: str) -> str | None:
 def _stated(text: str) -> str | None:
     marks = [m.end() for m in _MARK.finditer(text)]
     line = text[marks[-1]:][:4 * MAX_CHARS].strip(" \n*:").split("\n\n")[0] if marks else ""
-    formula = re.match(rf"[^\w$\\]*(?:{_FORMULA})", line, re.S)  # may be displayed on several lines
-    sentence = line[:formula.end()] if formula else ""
-    sentence += re.split(r"\.(?:\s|$)|\n", line[len(sentence):])[0]
+    sentence = _SAID.match(line)[0]
     value = _AFTERTHOUGHT.fullmatch(sentence)[1]
     sentence = value if re.search(r"[\d$\\]|\b[A-Z]\b", value) else sentence  # not: obviously, as said, 72
     return (_unmarked(sentence) or sentence).strip(" $*") or None
@@ -101,13 +105,12 @@ _UNICODE = str.maketrans({
     "·": "*", "⋅": "*", "÷": "/", "−": "-", "–": "-", "∪": r"\cup ", "±": r"\pm ", "∈": r"\in ",
     "θ": r"\theta ", "≈": r"\approx ", "²": "^2", "³": "^3", "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 ",
     "ℝ": r"\mathbb{R}", "€": "", "£": "", "\u200b": "", "\ufeff": "", "∘": "°", "’": "'"})
-_FUNCTIONS = {f: f for f in "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln exp".split()}
-_FUNCTIONS |= {"log": "ln", "asin": "arcsin", "acos": "arccos", "atan": "arctan"}
+_FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp".split())
 _SAME_AS = {spelling: token for token, spellings in {
     "<=": r"\le \leq \leqslant", ">=": r"\ge \geq \geqslant", "<": r"\lt", ">": r"\gt", "!=": r"\ne \neq",
-    "~": r"\approx \simeq", "=": "==", "*": r"\cdot \times \ast", "/": r"\div", "^": "**", ":": r"\colon",
-    r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle", r"\emptyset": r"\varnothing",
-    r"\setminus": r"\backslash", ",": "&", ";": r"\\"}.items() for spelling in spellings.split()}
+    "~": r"\approx \simeq", "=": "==", "*": r"\cdot \times \ast", "/": r"\div", "^": "**", "(": r"\langle",
+    ")": r"\rangle", r"\{": r"\lbrace", r"\}": r"\rbrace", r"\emptyset": r"\varnothing", ",": "&",
+    r"\setminus": r"\backslash", r"\log": r"ln \ln", ";": r"\\"}.items() for spelling in spellings.split()}
 _UNIT_OF = {spelling: unit for unit, spellings in {
     "mm": "millimeter", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre kph",
     "inch": "inches", "ft": "foot feet", "yard": "yd", "mi": "mile mph", "g": "gram", "kg": "kilogram",
@@ -116,19 +119,19 @@ _UNIT_OF = {spelling: unit for unit, spellings in {
     for word in (unit, *spellings.split()) for spelling in (word, word + "s")}
 _UNITS = {word for word in _UNIT_OF if len(word.rstrip("s")) > 1} - {"min"}  # the others may be products
 _LETTERS = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi "
-    "chi psi upsilon varphi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell mho pi".split())
-_WORDS = {"sqrt", "infty", "abs"} | _LETTERS | set(_FUNCTIONS)
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+    "phi chi psi varphi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega hbar ell mho".split())
+_WORDS = {"sqrt", "infty", "abs"} | _LETTERS | _FUNCTIONS
 _OPTION = re.compile(r"\(?([A-J])[).:]+(?!.*((?<!\\)\b[A-HJ]\b|\b(is|are|or|not|maybe)\b)).*")  # one letter
 _TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|mbox|hbox|math(?:rm|it|sf)|operatorname)\s*\{([^{}]*)\}")
 _ANY_WORD, _ANY_UNIT = ("|".join(sorted(words, key=len, reverse=True)) for words in (_WORDS, _UNITS))
 _WRITTEN = _TEXT.pattern.replace("([^{}]*)", "[^{}]*")
-_MATRIX = r"\{(?:[pbB]?matrix|array|smallmatrix)\}"
 _SAYS = (r"(?:(?:so|thus|hence|therefore),? )*(?:(?:the|my|our|final) (?:[a-z-]{1,20} ){0,6})?"
-         r"[a-z]{2,20}(?: is\b| are\b|(?<=answer)[:=]| (?<=answer )[:=]):?")
+         r"[a-z]{2,20}(?: is\b| are\b|(?<=answer) ?[:=]):?")
 _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<!\\)\\\\(?=[a-z]{3}|(?:pi|pm|[lgn]e)(?![a-z]))", r"\\"),  # escaped once too often
     (r"\\(?:left|right)\s*\.|\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])|\\(?:displaystyle|limits)\b", ""),
+    (r"^\s*(-?)\\\$\s*([\d.,]+)$", r"\1\2 dollar"),  # a unit, as others
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""), (r"\\%|\bpercent(?:age)?\b|\bpct\b", "%"),
     (r",\\!\s*|\s*\{,\s*\}(?=\d{3})|\\!", ""), (r"(\\\\) *\[-?[\d.]+ *[a-z]{2}\]", r"\1"),  # \\[2pt]
     (r"\\q?quad|(?<!\\)\\[,;:> ]|~|\\(?:angle|triangle|phantom)\b|\s+", " "),
@@ -141,7 +144,6 @@ _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<=\d),(?<!\d{4},)(?=\d{3}(?!\d))(?![^(\[]*[)\]]|[^{]*\\\})", ""),  # but (100,101) are two
     (r"\\[lr]?vert\b|\\mid\b", "|"), (r"\|([^|]+)\|", r"\\abs{\1}"),
     (r"\\l(floor|ceil)\b", r"\\\1{"), (r"\\r(floor|ceil)\b", "}"), (r"\\\{ *\\\}", r"\\emptyset "),
-    (r"\\\{ *\\pm *((?:[^{},]|\{[^{}]*\})+?) *\\\}", r"\\{\1,-\1\\}"),
     (r"\\\{ *[A-Za-z](?: *\\in *\(-\\infty,\\infty\))? *[|:] *((?:(?!\\\}).)+)\\\}", r"\\{\1\\}"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", "°"), (r"\^\s*(?:\{\s*\\prime\s*\}|\\prime\b)", "'"),
     (r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup "), (r"^ ?(?:\\approx|=)\s", ""),
@@ -153,7 +155,7 @@ _CLEAN = [(re.compile(pattern), replacement) for pattern, replacement in [
     (r"(?<![\d})°])(?<![\d})°] )" + _TEXT.pattern.replace("[^{}]", r"(?![A-Za-z]{2})[^{}]"), r" \1 "),
     (rf"({_WRITTEN}|(?<![A-Za-z\\])(?:{_ANY_UNIT})(?![a-z]))"  # \text{cm}^2, km/h: the first counts
      rf"(?: *\^ *\{{?-?\d\}}?| */ *(?:{_WRITTEN}|[a-z]+))+", r"\1"),
-    (rf"\\begin{_MATRIX}(?:\{{[lcr|]*\}})?", r"\\matrix "), (rf"(?:\\\\ *)?\\end{_MATRIX}", r"\\endmatrix "),
+    (r"(?:\\\\ *)?\\(begin|end)\{(?:[pbB]?matrix|array)\}(?:\{[lcr|]*\})?", r"\\\1matrix "),
     (r"\\[dtc](frac|binom)", r"\\\1"), (r"\\(frac|binom|sqrt|root\{[^{}]*\}) *(\d)", r"\\\1{\2}"),
     (r"\\frac(\{[^{}]*\}) *(\d)", r"\\frac\1{\2}"), (r"^[ \"'`“*]+(.*?)[\"'`”*]+[ .]*$", r"\1"),
     (r"(\d*)\.(\d*)\\(?:overline|bar) *\{(\d{1,99})\}",  # 0.1 and a repeating 6 is 0.1 + 6/90
@@ -172,8 +174,7 @@ _TOKEN = re.compile(
 
 
 def _clean(text: str) -> str:
-    if len(text) > MAX_CHARS:
-        raise Refused(f"longer than {MAX_CHARS} characters")
+    _limit(len(text), MAX_CHARS)
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
@@ -220,8 +221,7 @@ def _walk(node: Node) -> list[Node]:
 
 
 ROWS, ITEMS, RELATION, UNION, RATIO, UNIT, SUM, PRODUCT, POWER, SUFFIX, ARGUMENT = range(11)  # binding
-_INFINITY, _MINUS_INFINITY = ("const", "oo"), _neg(("const", "oo"))
-_REALS, _DEGREE = ("seq", "()", (_MINUS_INFINITY, _INFINITY)), _div(("const", "pi"), _num(180))
+_INFINITY, _DEGREE = ("const", "oo"), _div(("const", "pi"), _num(180))
 _OPERATORS = {
     ";": (ROWS, functools.partial(_chain, "rows")),  # p=5,q=2;p=7,q=2 are two rows of two items
     ",": (ITEMS, functools.partial(_chain, "list")),
@@ -278,8 +278,7 @@ class _Parser:
 
     def expr(self, level: int = ROWS) -> Node:
         self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Refused("too deep")
+        _limit(self.depth, MAX_DEPTH)
         sign = self.take(*("+-" if level <= PRODUCT else "-")) if level <= POWER else ""
         node = self.expr(max(level, PRODUCT)) if sign else self.primary()
         node = _neg(node) if sign == "-" else node
@@ -320,19 +319,18 @@ class _Parser:
         """A number, name, command or bracket."""
         if self.kind == "num":
             mantissa, _, exponent = self.take().lower().partition("e")
-            if len(mantissa) > 400 or len(exponent) > 4:
-                raise Refused("too many digits")
+            _limit(max(len(mantissa), 100 * len(exponent)), 400)
             scale, decimals = Fraction(10) ** int(exponent or 0), mantissa.partition(".")[2]
             return _num(Fraction(mantissa) * scale, scale / 10 ** len(decimals) if "." in mantissa else None)
         if self.kind in ("text", "unit"):
             return ("text", _text_key(self.take()))
         if self.value.startswith("\\") and self.value not in _BRACKETS or self.value in _WORDS:
             name = self.take().lstrip("\\")
-            if name == "matrix":
+            if name == "beginmatrix":
                 rows = [_items(row, "list") for row in _items(self.expr(), "rows")]
                 return self.need("\\endmatrix") and ("mat", tuple(zip(*zip(*rows, strict=True))))
             if name in _FUNCTIONS:
-                return self.function(_FUNCTIONS[name])
+                return self.function(name)
             arguments, build = _COMMAND.get(name) or self.need("a known command")
             return build(*(self.expr(ARGUMENT) for _ in range(arguments)))
         if self.kind == "word" and len(self.value) == 1:
@@ -355,7 +353,7 @@ class _Parser:
         while not bracketed and self.starts_factor() and self.value.strip("\\") not in {"(", *_FUNCTIONS}:
             arg = _mul(arg, self.expr(POWER))
         arg = _mul(arg[1], _DEGREE) if arg[0] == "deg" else arg
-        node = _div(("fn", "ln", (arg,)), ("fn", "ln", (base,))) if base else ("fn", name, (arg,))
+        node = _div(("fn", "log", (arg,)), ("fn", "log", (base,))) if base else ("fn", name, (arg,))
         return node if power == _num(1) else ("pow", node, power)
 
 
@@ -373,11 +371,10 @@ def _parse(clean: str) -> Node:
     if prose and re.fullmatch(r"[A-Za-z\s,.'\"()&-]+", bare):
         return ("text", _text_key(clean))
     try:
-        if "\\pm" not in clean:
+        if "\\pm" not in clean:  # else all signs turn together
             return _Parser(bare if wrapped else clean).whole()
         nodes = [_Parser(clean.replace("\\pm", a).replace("\\mp", b)).whole() for a, b in ("+-", "-+")]
-        items = [x for n in nodes for x in _items(n, "list", "rows", "set", "union")]
-        return ("list", tuple(items))  # all signs turn together
+        return ("list", tuple(x for n in nodes for x in _items(n, "list", "rows", "set", "union")))
     except (Refused, ValueError, ArithmeticError, RecursionError) as error:  # matrix shapes, nonsense numbers
         if wrapped and _text_key(bare):
             return ("text", _text_key(clean))
@@ -387,11 +384,6 @@ def _parse(clean: str) -> Node:
 # --- evaluate -----------------------------------------------------------------------------------------------
 def _bits(x: Fraction) -> int:
     return x.numerator.bit_length() + x.denominator.bit_length()
-
-
-def _limit(size: object, most: int) -> None:
-    if size > most:
-        raise Refused("number too large, or too much work")
 
 
 class _Evaluator:
@@ -418,7 +410,7 @@ class _Evaluator:
     def gap(self, g: Node, p: Node, point: dict[str, Fraction], digits: int, real: bool) -> object:
         """The distance of two values, or None."""
         a, b = self.at(g, point, digits, real), self.at(p, point, digits, real)
-        return None if a is None or b is None else abs(a - b if self.counted(a - b) else self.inexact(a - b))
+        return None if a is None or b is None else self.checked(abs(a - b))
 
     def value(self, node: Node) -> object:
         """Raises ArithmeticError or ValueError where undefined."""
@@ -441,7 +433,11 @@ class _Evaluator:
         raise ZeroDivisionError("no number")
 
     def checked(self, x: object) -> object:
-        if self.counted(x):
+        """The value of one step within the bounds; its work, in about microseconds, is counted."""
+        exact = isinstance(x, Fraction)
+        self.work_left -= 3 + _bits(x) // 20 if exact else 100
+        _limit(-self.work_left, 0)
+        if exact:
             _limit(_bits(x), MAX_BITS)
             return x
         x = self.inexact(x)
@@ -450,27 +446,18 @@ class _Evaluator:
         _limit(self.log_size(x), 2 * MAX_LOG)
         return x
 
-    def counted(self, x: object) -> bool:
-        """Count the work of one step, in about microseconds, and say whether it was exact."""
-        exact = isinstance(x, Fraction)
-        self.work_left -= 3 + _bits(x) // 20 if exact else 100
-        _limit(-self.work_left, 0)
-        return exact
-
-    def sympy(self, name: str) -> object:
-        import sympy  # half a second, and most answers never come here
-        return getattr(sympy, name)
-
     def inexact(self, x: object) -> object:
         """A sympy number of self.digits digits, real or complex."""
-        return x if getattr(x, "is_Float", False) else self.sympy("N")(self.sympy("sympify")(x), self.digits)
+        import sympy  # half a second, and most answers never come here
+        return x if getattr(x, "is_Float", False) else sympy.N(sympy.sympify(x), self.digits)
 
     def rounded(self, x: object) -> Fraction:
         """A real value as a fraction, less its last digits: ln(e^3) may come out slightly below 3."""
         return x if isinstance(x, Fraction) else Fraction(str(x.evalf(self.digits - 10)))
 
     def log_size(self, x: object) -> float:
-        return abs(float(self.sympy("log")(abs(x)))) if x else 0.0
+        x = self.rounded(abs(x))
+        return abs(math.log(x.numerator) - math.log(x.denominator)) if x else 0.0
 
     def power(self, a: object, b: object) -> object:
         if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
@@ -487,14 +474,15 @@ class _Evaluator:
             odd = isinstance(y, Fraction) and y % 2 == 1 and getattr(x, "is_real", True) and x < 0
             return -self.power(-x, 1 / y) if odd else self.power(x, 1 / y)
         if name in ("floor", "ceil"):
-            return Fraction({"floor": math.floor, "ceil": math.ceil}[name](self.rounded(x)))
+            return Fraction(getattr(math, name)(self.rounded(x)))
         if name in ("fact", "binom"):
             if not all(isinstance(n, Fraction) and n.denominator == 1 and n >= 0 for n in (x, y)):
                 raise ZeroDivisionError("undefined")
             _limit(min(y, x - y) * _bits(x) if name == "binom" else x * 10, MAX_BITS)
             return Fraction(math.factorial(int(x)) if name == "fact" else math.comb(int(x), int(y)))
         _limit(abs(x) if name in ("exp", "sinh", "cosh") else 0, MAX_LOG)
-        return self.sympy({"ln": "log"}.get(name, name.replace("arc", "a")))(self.inexact(x))
+        import sympy
+        return getattr(sympy, name.replace("arc", "a"))(self.inexact(x))
 
 
 def _points(node: Node) -> Iterator[dict[str, Fraction]]:
@@ -513,28 +501,17 @@ def _points(node: Node) -> Iterator[dict[str, Fraction]]:
 def _is_name(node: Node) -> bool:
     """x, f(2), AB, (x,y), |AB|, S_1/S_2, \\text{area}: what may stand before the = of an answer."""
     if node[0] == "mul":
-        first, *others = node[1]
-        return _is_name(first) and all(_is_name(x) or x[0] in ("num", "seq", "rel", "pow") for x in others)
-    if node[0] in ("seq", "ratio") or node[:2] == ("fn", "abs"):
-        return all(map(_is_name, node[-1]))
-    return node[0] in ("sym", "text")
+        return _is_name(node[1][0]) and {n[0] for n in node[1]} <= {"sym", "text", "num", "seq", "rel", "pow"}
+    several = node[0] in ("seq", "ratio") or node[:2] == ("fn", "abs")
+    return all(map(_is_name, node[-1])) if several else node[0] in ("sym", "text")
 
 
 def _value(node: Node) -> tuple[Node | None, Node]:
-    """(name, value) of `name = value`, `name in set` or a chain `x = 1+1 = 2`, else (None, value): of an
-    inequality its interval, of a column a tuple, of a matrix one that equals only those of its shape."""
+    """(name, value) of `x = 2`, `x in set` or `x = 1+1 = 2`, else (None, value), of a column a tuple."""
     if node[0] == "mat":
         return None, ("seq", str(len(node[1])) if len(node[1][0]) > 1 else "()", sum(node[1], ()))
-    if node[0] == "rows":
-        return None, ("list", node[1])
-    items = _items(node, "list", "set")
-    names = {n[2][0] for n in items if n[:2] == ("rel", ("!=",))}
-    if len(names) == 1 and _is_name(*names):  # x > 0, x != 1, 2
-        kept = [n for n in items if n[0] in ("rel", "seq", "union", "minus") and n[1] != ("!=",)] or [_REALS]
-        gone = [n[2][1] if n[0] == "rel" else n for n in items if n not in kept]
-        return None, ("minus", (kept[0], ("set", tuple(gone)))) if len(kept) == 1 else node
     if node[0] != "rel":
-        return None, node
+        return None, ("list", node[1]) if node[0] == "rows" else node
     _, ops, sides = node
     if "~" in ops:  # x = 1/3 ~ 0.33 says 1/3, x ~ 0.33 says 0.33
         cut = max(ops.index("~"), int(_is_name(sides[0])))
@@ -545,25 +522,11 @@ def _value(node: Node) -> tuple[Node | None, Node]:
     sides = sides[::-1] if ops == ("=",) and constant[0] else sides  # 5 = x
     if _is_name(sides[0]) and set(ops) in ({"="}, {"\\in"}) and sides[0] not in _walk(sides[-1]):
         return sides[0], sides[-1]
-    bounds = (_MINUS_INFINITY, *sides) if _is_name(sides[0]) else (*sides, _INFINITY)
-    low, name, high = bounds if len(sides) == 2 else sides if len(sides) == 3 else (None, node, None)
-    if set(ops) <= {"<", "<="} and _is_name(name):
-        left, right = (ops * 2)[0] == "<" or low == _MINUS_INFINITY, ops[-1] == "<" or high == _INFINITY
-        piece = ("seq", "[("[left] + "])"[right], (low, high))
-        if name[:2] == ("fn", "abs") and low == _MINUS_INFINITY:  # |x| < 2
-            return None, ("seq", "[("[right] + "])"[right], (_neg(high), high))
-        if name[:2] == ("fn", "abs"):  # 1 < |x| < 2
-            return None, ("list", (piece, ("seq", "[("[right] + "])"[left], (_neg(high), _neg(low)))))
-        return None, piece
     return None, ("rel", ops, sides)
 
 
-class _Comparer:
+class _Comparer(_Evaluator):
     """Are two trees the same answer? Raises Refused if that takes too much work."""
-
-    def __init__(self) -> None:
-        self.evaluator = _Evaluator()
-        self.number = self.evaluator.number
 
     def same(self, g: Node, p: Node) -> bool:
         if g == p:
@@ -579,14 +542,12 @@ class _Comparer:
             values = dict(map(_value, named[1]))
             return None not in values and len(values) == len(named[1]) and other[1] == "()" and (
                 self.same(("seq", "()", tuple(values.values())), other))
-        lists = ("list", "set", "union")
-        if kinds & {"minus", *lists}:
-            covered = bool(kinds & {*lists}) and self.cover(*(_items(n, *lists) for n in (g, p)))
-            return covered or kinds != {"set"} and self.same_set(g, p)
-        if kinds == {"rel"}:
-            return self.relation(g, p)
         if kinds == {"seq"}:
             return g[1] == p[1] and len(g[2]) == len(p[2]) and all(map(self.same, g[2], p[2]))
+        lists = ("list", "set", "union")
+        if kinds & {"rel", "minus", *lists}:
+            return (bool(kinds & {*lists}) and self.cover(*(_items(n, *lists) for n in (g, p)))
+                    or kinds == {"rel"} and self.relation(g, p) or kinds != {"set"} and self.same_set(g, p))
         if "ratio" in kinds:
             a, b = (n[1] if n[0] == "ratio" else (n, _num(1)) for n in (g, p))
             return len(a) == len(b) and all(self.equal(_div(x, a[-1]), _div(y, b[-1])) for x, y in zip(a, b))
@@ -618,10 +579,22 @@ class _Comparer:
             case ("union" | "minus" as kind, items):
                 first, *others = [self.within(n, x) for n in items]
                 return first or any(others) if kind == "union" else first and not any(others)
+            case ("list", items) if any(n[:2] == ("rel", ("!=",)) for n in items):  # x > 0, x != 1, 2
+                sets = ("rel", "seq", "union", "minus")
+                names = {side for n in items if n[0] == "rel" for side in n[2] if _is_name(side)}
+                if len(names) == 1:
+                    return all(self.within(n, x) if n[0] in sets else x != self.end(n) for n in items)
+            case ("rel", ops, sides) if set(ops) <= {"<", "<=", "!="} and sum(map(_is_name, sides)) == 1:
+                at = [self.end(side, x) for side in sides]
+                return all({"<": a < b, "<=": a <= b, "!=": a != b}[op] for op, a, b in zip(ops, at, at[1:]))
         raise ValueError("no set of numbers")
 
-    def end(self, node: Node) -> Fraction | float:
-        ends = {_INFINITY: math.inf, _MINUS_INFINITY: -math.inf}
+    def end(self, node: Node, x: Fraction | None = None) -> Fraction | float:
+        """The value of an end of a set; with x, it is the value of the name in an inequality."""
+        ends = {_INFINITY: math.inf, _neg(_INFINITY): -math.inf}
+        variable = node[2][0] if node[:2] == ("fn", "abs") else node
+        if x is not None and _is_name(variable):
+            return x if node == variable else abs(x)
         if (value := ends[node] if node in ends else self.number(node, {})) is None:
             raise ValueError("no real number")
         return value
@@ -633,9 +606,8 @@ class _Comparer:
             return g_ops == p_ops and all(map(self.same, g_sides, p_sides))
         a, b = (_add(sides[0], _neg(sides[1])) for sides in (g_sides, p_sides))
         factor = self.number(_div(a, b), next(_points(_add(a, b))))
-        if not factor or factor < 0 and g_ops[0] not in ("=", "!="):
-            return False
-        return self.equal(a, _mul(_num(factor), b))
+        signed = factor and (factor > 0 or g_ops[0] in ("=", "!="))
+        return bool(signed) and self.equal(a, _mul(_num(factor), b))
 
     def scalar(self, g: Node, p: Node) -> bool:
         """5% is 5 or 0.05, 90 degrees are 90 or pi/2; a decimal gold equals what rounds to it."""
@@ -656,9 +628,8 @@ class _Comparer:
         """Do two scalar trees agree wherever both are defined over the reals?"""
         met, real = False, ("const", "i") not in _walk((g, p))
         for point in _points((g, p)):
-            gap = self.evaluator.gap(g, p, point, 60, real)
-            if gap and (isinstance(gap, Fraction)
-                        or self.evaluator.gap(g, p, point, 120, real) > gap / 10**20):
+            gap = self.gap(g, p, point, 60, real)
+            if gap and (isinstance(gap, Fraction) or self.gap(g, p, point, 120, real) > gap / 10**20):
                 return False  # rounding shrinks with more digits, a difference stays
             met = met or gap is not None
         return met
@@ -668,8 +639,7 @@ class _Comparer:
 def _judge(answer: str, gold: str) -> bool:
     """Does a bare answer equal the gold? Raises Refused."""
     gold, text = _clean_gold(gold), _clean(answer)
-    g = _parse(gold)
-    option = _OPTION.fullmatch(text)  # (B) 12 is option B
+    g, option = _parse(gold), _OPTION.fullmatch(text)  # (B) 12 is option B
     if text == gold or g[0] == "text" and _text_key(text) == g[1] or option and option[1] == gold.strip("()"):
         return True
     if re.fullmatch(r"-?\d*\.\d+", gold) and re.fullmatch(r"-?\d+,\d\d?", text):  # 2,74
