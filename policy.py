@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -541,6 +541,12 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
     are verified in float32, which hides nothing. Raises ValueError if some are missing, or as Policy does."""
     load_shape(folder)  # refuses what has no such weights
     with _loading(folder):
+        for path in Path(folder).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                codes = [n for n in file.keys() if n.endswith("weight") and file.get_slice(n).get_dtype() in
+                         ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2")]
+            if codes:
+                raise ValueError(f"{codes[0]} is quantized: give the folder of the original model")
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True)

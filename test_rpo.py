@@ -1575,7 +1575,7 @@ def test_templates_of_other_models():
 def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
     """Missing weights were random and a tokenizer without files encoded nothing: both with exit code 0."""
     from safetensors.torch import load_file, save_file
-    for name in ("missing", "truncated", "bare", "shape", "nan"):
+    for name in ("missing", "truncated", "bare", "shape", "nan", "int8"):
         shutil.copytree(TINY, tmp_path / name)
     path = tmp_path / "missing" / "model.safetensors"
     weights = load_file(path)
@@ -1585,10 +1585,11 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "bare" / name).unlink()
     norm = weights["model.norm.weight"]
-    for name, odd in (("shape", norm[1:].clone()), ("nan", norm * math.nan)):
+    for name, odd in (("shape", norm[1:].clone()), ("nan", norm * math.nan), ("int8", norm.to(torch.int8))):
         save_file(weights | {"model.norm.weight": odd}, tmp_path / name / "model.safetensors", {"format": "pt"})
     for name, word in (("missing", "model.layers.1.input_layernorm"), ("truncated", "cannot be loaded"),
-                       ("shape", "another shape: model.norm.weight"), ("nan", "logits are not finite")):
+                       ("shape", "another shape: model.norm.weight"), ("nan", "logits are not finite"),
+                       ("int8", "model.norm.weight is quantized")):
         with pytest.raises(ValueError, match=word):
             load_policy(tmp_path / name, VOCAB, torch.device("cpu"))
     with pytest.raises(ValueError, match="385 tokens but embeddings for 384: resize"):  # met as an IndexError
