@@ -126,6 +126,8 @@ def _problem(record: object, where: str) -> Problem | None:
             turns = _turns(record[key], f"{where}, field {key}")
             question = turns[-1][1]
         question = question or _text(record, key)
+    if re.match(r"\[\s*\{\s*['\"](role|content)['\"]\s*:", question) and not turns:
+        raise ValueError(f"{where} has chat messages as text: store them as a list of objects")
     if not question:
         raise ValueError(f"{where} has no question: it needs one of the fields {', '.join(QUESTION_KEYS)}")
     solution = _text(record, "solution")

@@ -1479,7 +1479,7 @@ def test_chat_messages_of_a_data_set_are_turns(tmp_path):
     tail = "<|im_start|>user\n6 times 6?<|im_end|>\n<|im_start|>assistant\n"
     assert texts == [f"<|im_start|>system\n{system}<|im_end|>\n{tail}" for system in ("Be brief.", "Think.")]
     for bad in ([*own, {"role": "assistant", "content": "36"}], ["6 times 6?"],
-                [{"role": "user", "content": ["parts"]}]):
+                [{"role": "user", "content": ["parts"]}], json.dumps(own), str(own)):
         with pytest.raises(ValueError, match="chat messages"):
             load(write(tmp_path / "bad.jsonl", {"prompt": bad, "answer": "36"}))
 

@@ -226,7 +226,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
                     given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
                                                state.pass_rate if c.prefix_gate and state.paths else 1.0)
-                    if not state.paths:  # what is known at first
+                    if not state.paths:  # the first chunk is sampled in any case: what it tells
                         right = [path.correct for path in fresh.values()]
                         state.pass_rate = state.wrong_pays = follow(0.5, right, 2)
                     state.paths |= given | fresh
