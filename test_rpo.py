@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -1819,14 +1819,14 @@ class Sure:
 
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
-                correct: bool = True, wrong_pays: float = 0.5, again: Sequence[str] = ()) -> list[int | None]:
+                correct: bool = True, wrong_pays: float = 0.5) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0:
     there is no path."""
     config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
              cache.Entry([], 0.0, False, 0, 0) for p, n in zip(problems, branches)}
-    prefixes = train.cut_paths(config, step, problems, paths, again, {p.id: [2, 3] for p in problems}, Sure(),
+    prefixes = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure(),
                                wrong_pays)
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
@@ -1844,7 +1844,6 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step():
     assert skipped == [None] * 3 and 1 <= last <= 80
     assert cut_lengths(4, "--cut-tail", "1e-3") == [150, 90, 150, 90]  # L many times as long
     assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
-    assert cut_lengths(4, again=["0", "1"]) == [150, 90, None, 90]  # paths just found: anywhere
 
 
 def test_wrong_paths_and_prefixes_that_did_not_pay():

@@ -233,7 +233,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, problems, paths, again, task.prompts, policy, state.wrong_pays)
+                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -344,11 +344,11 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
                                              step) for g in groups}
 
 
-def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, again: Sequence[str],
-              prompts: dict[str, list[int]], policy: Policy, wrong_pays: float) -> list[list[int] | None]:
+def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, prompts: dict[str, list[int]],
+              policy: Policy, wrong_pays: float) -> list[list[int] | None]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
-    again: problems whose path was just found: it is cut anywhere, and not skipped. wrong_pays: the share of
-    wrong paths' prefixes that paid. The last visit is not skipped if all others are."""
+    wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
+    """
     stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
     max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem
@@ -356,8 +356,7 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, a
     for problem, rng in zip(problems, rngs):
         path = paths[problem.id]
         if problem.id not in wrong:
-            longest[problem.id] = len(path.response_ids) if problem.id in again else \
-                cache.longest_cut(path, max_cut, stretch)
+            longest[problem.id] = cache.longest_cut(path, max_cut, stretch)
         elif path.response_ids and cache.goes_on(wrong_pays, rng):
             longest[problem.id] = len(path.response_ids)
     branch = {i: np.ones(limit) for i, limit in longest.items()}
@@ -369,12 +368,12 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, a
     prefixes: list[list[int] | None] = []
     for problem, rng in zip(problems, rngs):
         path, weights = paths[problem.id], branch.get(problem.id)
-        kept = problem.id in again or len(prefixes) == len(problems) - 1 and all(x is None for x in prefixes)
+        alone = len(prefixes) == len(problems) - 1 and all(prefix is None for prefix in prefixes)
         if weights is None:
             prefixes.append([])
         elif problem.id in wrong:
             prefixes.append(cache.cut_wrong(path, weights))
-        elif c.skip_certain and cache.is_skipped(weights, rng) and not kept:
+        elif c.skip_certain and cache.is_skipped(weights, rng) and not alone:
             prefixes.append(None)
         else:
             weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
