@@ -34,29 +34,21 @@ def parse_max_cut(text: str) -> int | float:
                      "last group's shortest response with a decimal point, above 0 and at most 1 (0.5)")
 
 
-def longest_cut(entry: Entry, max_cut: int | float, stretch: float = 1.0) -> int:
-    """L of eq. 3 and 4, times `stretch`: max_cut tokens, or that fraction of entry.shortest.
+def longest_cut(entry: Entry, max_cut: int | float) -> int:
+    """L of eq. 3 and 4: max_cut tokens, or that fraction of entry.shortest.
     At least 1 and at most the whole path."""
     limit = max_cut if isinstance(max_cut, int) else max_cut * entry.shortest
-    return int(min(max(limit * stretch, 1), len(entry.response_ids)))
-
-
-def stretch_of(tail: float, rng: np.random.Generator) -> float:
-    """How much longer L is in this step: above x with chance x ** -tail (Pareto); 0: never longer. [RPO-6]
-    So the token r places from the end is within L with chance (L / r) ** tail, and early parts of paths are
-    trained too. Drawn once per step, which takes as long as its longest suffix: most steps stay short.
-    """
-    return 1 + rng.pareto(tail) if tail else 1.0
+    return int(min(max(limit, 1), len(entry.response_ids)))
 
 
 def branch_probabilities(logprobs: Sequence[float]) -> np.ndarray:
-    """(L,): the policy's probability 1 - p of another token at each of the last L places. [RPO-7]
+    """(L,): the policy's probability 1 - p of another token at each of the last L places. [RPO-6]
     logprobs: of the path's last L tokens under the policy."""
     return -np.expm1(logprobs)
 
 
 def is_skipped(branch: np.ndarray, rng: np.random.Generator) -> bool:
-    """True with the policy's probability of taking no branch, which repeats the path. [RPO-8]"""
+    """True with the policy's probability of taking no branch, which repeats the path. [RPO-7]"""
     return rng.random() < np.prod(1 - branch)
 
 
@@ -70,19 +62,19 @@ def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int
 
 
 def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
-    """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-10]
+    """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-9]
     branch: branch_probabilities of the whole path."""
     return entry.response_ids[:int(np.argmax(branch))]
 
 
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
-    """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-10]
+    """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-9]
     Else its visit starts from the bare prompt. A twentieth goes on, to notice when it begins to pay."""
     return rng.random() < max(0.05, (2 * wrong_pays) ** 2)
 
 
 def pays(correct: Sequence[bool], share: float, pass_rate: float) -> bool:
-    """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-10]
+    """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-9]
     pass_rate: of the policy from bare prompts; share: of the responses' tokens that follow the prefix. Where
     mistakes can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** share. After a
     mistake the right answer takes another that makes up for it, which is much rarer: half of that rate is

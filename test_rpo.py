@@ -905,20 +905,6 @@ def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_the_stretch_of_a_step_is_pareto_distributed():
-    rng, draws = np.random.default_rng(0), 10_000
-    for tail in (1.0, 2.0):
-        values = np.array([cache.stretch_of(tail, rng) for _ in range(draws)])
-        assert values.min() >= 1
-        for x in (1.5, 3.0, 9.0):
-            share = x ** -tail
-            assert abs((values > x).sum() - draws * share) < 3 * math.sqrt(draws * share * (1 - share))
-    assert cache.stretch_of(0, rng) == 1
-    path = entry(50, 30)
-    assert [cache.longest_cut(path, m, 2.5) for m in (4, 0.2, 30)] == [10, 15, 50]
-    assert {cache.longest_cut(path, 4, cache.stretch_of(1e-6, rng)) for _ in range(20)} == {50}  # no overflow
-
-
 def test_an_informed_cut_follows_the_chance_of_another_token():
     rng, draws, path = np.random.default_rng(0), 10_000, entry(8, 8)
     logprobs = np.log1p(-np.array([0.0, 0.3, 0.0, 0.1, 0.6])).tolist()
@@ -1822,7 +1808,7 @@ def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 
                 correct: bool = True, wrong_pays: float = 0.5) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0:
     there is no path."""
-    config = train.parse_config([*QUICK, "--max-cut", "100", "--cut-tail", "0", *options])
+    config = train.parse_config([*QUICK, "--max-cut", "100", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
              cache.Entry([], 0.0, False, 0, 0) for p, n in zip(problems, branches)}
@@ -1842,7 +1828,6 @@ def test_certain_problems_are_skipped_but_not_all_of_a_step():
         step, "--cut-position", "uniform", "--no-skip-certain")}) > 20
     *skipped, last = cut_lengths(4, "--max-cut", "80")  # all are certain, but a step is never empty
     assert skipped == [None] * 3 and 1 <= last <= 80
-    assert cut_lengths(4, "--cut-tail", "1e-3") == [150, 90, 150, 90]  # L many times as long
     assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
 
 
@@ -1870,17 +1855,6 @@ def test_a_running_mean():
     assert train.follow(0.5, [], 20) == 0.5
     assert train.follow(0.5, [True] * 20, 20) == pytest.approx(0.75)  # 20 old ones at 0.5 and 20 new ones
     assert train.follow(0.2, [False, True], 8) == pytest.approx((8 * 0.2 + 1) / 10)
-
-
-def test_one_stretch_a_step_for_all_its_problems():
-    """With tail 2, L is three times --max-cut or more in a ninth of the steps, for all problems alike."""
-    options, long = ("--max-cut", "50", "--cut-tail", "2"), 0
-    for step in range(300):
-        cuts = cut_lengths(step, *options, branches=(150, 150, 150))
-        assert cuts == [150] * 3 or cuts[:2] == [None] * 2
-        long += cuts == [150] * 3
-        assert step % 50 or cuts == cut_lengths(step, *options, branches=(150, 150, 150))  # as after a resume
-    assert abs(long - 300 / 9) < 3 * math.sqrt(300 / 9 * 8 / 9)
 
 
 def solved(path: Path, count: int) -> tuple[list[str], list[dict]]:
@@ -2286,7 +2260,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(method, algo, tmp_path)
 
 SWITCHES = {  # what the pairs of options are made of
     "--algo": ["grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo"], "--rollout": ["rpo", "full"],
-    "--max-cut": ["20", "0.5"], "--cut-tail": ["0", "2"], "--cut-position": ["uncertain", "uniform"],
+    "--max-cut": ["20", "0.5"], "--cut-position": ["uncertain", "uniform"],
     "--skip-certain": [False, True], "--epsilon": ["0.5", "1"], "--cache-init": ["policy", "solutions"],
     "--prefix-gate": [False, True], "--length-reward": ["0", "0.01"], "--overlong-penalty": ["0", "1"],
     "--updates-per-rollout": ["1", "2"], "--kl-coef": ["0", "0.01"], "--dynamic-rounds": ["1", "3"],

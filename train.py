@@ -12,12 +12,11 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-3] the prefix is never in the loss                                  rpo.py:policy_loss
 # [RPO-4] one response of the group replaces the path                      cache.py:choose
 # [RPO-5] correct responses shorter than their group's mean earn more      rewards.py:length_rewards
-# [RPO-6] in some steps the cut is much longer                             cache.py:stretch_of
-# [RPO-7] the cut is where the policy may branch off                       cache.py:branch_probabilities
-# [RPO-8] a visit that would repeat the path is skipped                    cache.py:is_skipped
-# [RPO-9] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-10] a prefix must pay, else its path is given up                    cache.py:pays, goes_on, cut_wrong
-# [RPO-11] a path found by whole responses is continued in the next step      train.py:found
+# [RPO-6] the cut is where the policy may branch off                       cache.py:branch_probabilities
+# [RPO-7] a visit that would repeat the path is skipped                    cache.py:is_skipped
+# [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
+# [RPO-9] a prefix must pay, else its path is given up                     cache.py:pays, goes_on, cut_wrong
+# [RPO-10] a path found by whole responses is continued at once             train.py:found
 from __future__ import annotations
 
 import argparse
@@ -92,10 +91,8 @@ class Config:
     steps: int = option(300, "rounds of rollout and update; the paper has 292", 1)
     problems_per_step: int = option(64, "groups per step; 512 responses with 8 each, the paper has 576", 1)
     group_size: int = option(8, "suffixes per problem; with 4, tiny ends a point lower", 2)
-    max_cut: str = option("150", "longest cut L: tokens (150), or a fraction of the shortest response of the "
-                                 "last group (0.5); 150 with --cut-tail 2 costs what 300 costs in the paper")
-    cut_tail: float = option(2.0, "L of a step is at least x times --max-cut with chance x ** -tail; 0: "
-                                  "never, which loses 5 points on tiny")
+    max_cut: str = option("300", "longest cut L: tokens (300, as in the paper), or a fraction of the shortest "
+                                 "response of the last group (0.5)")
     cut_position: str = option("uncertain", "cut in proportion to 1 - p(token), so that suffixes differ; "
                                             "uniform: as in the paper", ("uniform", "uncertain"))
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
@@ -187,7 +184,7 @@ class Task(NamedTuple):
 
 
 # randomness is a function of (seed, step, purpose, problem), so that nothing depends on what was drawn before
-ORDER, CUT, SAMPLE, INIT, UPDATE, STRETCH = range(6)
+ORDER, CUT, SAMPLE, INIT, UPDATE = range(5)
 LOGS = ("metrics.jsonl", "samples.jsonl")
 # options that may differ when a run goes on: the others change the mathematics
 FREE = ("steps", "eval_every", "save_every", "keep_checkpoints", "out", "resume", "shard")
@@ -325,7 +322,7 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
                 pass_rate: float) -> tuple[Paths, Paths]:
     """A path per problem (eq. 1), correct or not: its worked solution, or else, with chance pass_rate, one
     that is sampled: those are the second part. The others have none, and their visits start from the bare
-    prompt. [RPO-9]"""
+    prompt. [RPO-8]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
     verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
@@ -349,14 +346,13 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
     wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
     """
-    stretch = cache.stretch_of(c.cut_tail, np.random.default_rng((c.seed, step, STRETCH)))
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
     max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem
     wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
     for problem, rng in zip(problems, rngs):
         path = paths[problem.id]
         if problem.id not in wrong:
-            longest[problem.id] = cache.longest_cut(path, max_cut, stretch)
+            longest[problem.id] = cache.longest_cut(path, max_cut)
         elif path.response_ids and cache.goes_on(wrong_pays, rng):
             longest[problem.id] = len(path.response_ids)
     branch = {i: np.ones(limit) for i, limit in longest.items()}
@@ -483,7 +479,7 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
 
 
 def found(c: Config, groups: Sequence[Group]) -> list[str]:
-    """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-11]
+    """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-10]
     A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
     They are half of a step at most."""
     both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]

@@ -8,7 +8,6 @@ Takes the options of train.py besides (--cards stands for --shard). Prints the m
 the rollout and at that of the update, for the longest prompts and responses and full micro-batches, whether
 it fits or with which options it would, and the tokens sampled in a round. Loads no weights, writes nothing.
 """
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -79,8 +78,7 @@ def report(c: Config, device: torch.device, gb: float, cards: int) -> str:
     names = [name for name, size in (plans[0] | plans[1]).items() if size]
     plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
     cut = cache.parse_max_cut(c.max_cut) * (c.max_response if "." in c.max_cut else 1)
-    stretch = c.cut_tail / (c.cut_tail - 1) if c.cut_tail > 1 else math.inf if c.cut_tail else 1  # its mean
-    suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2 * stretch)
+    suffix = c.max_response if c.rollout == "full" else min(c.max_response, cut / 2)
     rows = c.problems_per_step * c.group_size
     return "\n".join([
         f"{c.model} on {cards} {kind} of {total / 1e9:.1f} GB: {what_fits(c, model, kind, total, cards)}", "",

@@ -29,7 +29,7 @@ sys.path.append(str(ROOT / "tiny"))
 from make import make_problems  # noqa: E402
 
 COMMON = "@presets/tiny.args --eval-every 20 --save-every 100"
-PAPER = "--cut-position uniform --cut-tail 0 --no-skip-certain --no-prefix-gate --epsilon 0.5"
+PAPER = "--cut-position uniform --no-skip-certain --no-prefix-gate --epsilon 0.5"
 RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
     "full paths": "--rollout full",
     "RPO": "",
@@ -42,7 +42,6 @@ ABLATIONS = {
     "epsilon = 0": "--epsilon 0", "epsilon = 0.5": "--epsilon 0.5",
     "G = 4": "--group-size 4", "G = 16": "--group-size 16",
     "uniform cut positions": "--cut-position uniform", "no visit skipped": "--no-skip-certain",
-    "no long cuts": "--cut-tail 0", "more long cuts": "--cut-tail 1",
     "any path is continued": "--no-prefix-gate", "KL 0.02": "--kl-coef 0.02",
     "paper, L = 1.0": f"{PAPER} --max-cut 1.0",
 }
