@@ -67,19 +67,20 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmax(branch))]
 
 
+WEAK = 0.25  # pass rate from bare prompts below which no path is continued. [RPO-9]
+
+
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
     """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-9]
     Else its visit starts from the bare prompt. A twentieth goes on, to notice when it begins to pay."""
     return rng.random() < max(0.05, (2 * wrong_pays) ** 2)
 
 
-def pays(correct: Sequence[bool], share: float, pass_rate: float) -> bool:
+def pays(correct: Sequence[bool]) -> bool:
     """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-9]
-    pass_rate: of the policy from bare prompts; share: of the responses' tokens that follow the prefix. Where
-    mistakes can happen anywhere, a sound prefix leaves a pass rate of about pass_rate ** share. After a
-    mistake the right answer takes another that makes up for it, which is much rarer: half of that rate is
-    asked for."""
-    return float(np.mean(correct)) >= 0.5 * pass_rate ** share
+    After a mistake the right answer takes another that makes up for it, which is rare: half is asked for.
+    With less (half of what a sound prefix leaves: 3 of 8 and fewer), a weak policy learned such mistakes."""
+    return 2 * sum(correct) >= len(correct)
 
 
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:

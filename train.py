@@ -91,15 +91,15 @@ class Config:
     steps: int = option(300, "rounds of rollout and update; the paper has 292", 1)
     problems_per_step: int = option(64, "groups per step; 512 responses with 8 each, the paper has 576", 1)
     group_size: int = option(8, "suffixes per problem; with 4, tiny ends a point lower", 2)
-    max_cut: str = option("300", "longest cut L: tokens (300, as in the paper), or a fraction of the shortest "
-                                 "response of the last group (0.5)")
+    max_cut: str = option("300", "longest cut L: tokens (300, as in the paper), or a fraction of the "
+                                 "shortest response of the last group (0.5)")
     cut_position: str = option("uncertain", "cut in proportion to 1 - p(token), so that suffixes differ; "
                                             "uniform: as in the paper", ("uniform", "uncertain"))
     skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
                                       "tokens; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    prefix_gate: bool = option(True, "train on a prefix only if its group is right as often as after a sound "
-                                     "prefix; off, as in the paper, a weak policy gets worse")
+    prefix_gate: bool = option(True, "train on a prefix only if half of its group is right, else give its "
+                                     "path up; off, as in the paper, a weak policy gets worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -222,7 +222,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     chunk = problems_ahead(c, task.problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
                     given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
-                                               state.pass_rate if c.prefix_gate and state.paths else 1.0)
+                                               trust(c, state))
                     if not state.paths:  # the first chunk is sampled in any case: what it tells
                         right = [path.correct for path in fresh.values()]
                         state.pass_rate = state.wrong_pays = follow(0.5, right, 2)
@@ -230,7 +230,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
+                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays) \
+                    if trust(c, state) else prefixes
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -238,8 +239,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
-            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule,
-                                 state.pass_rate if c.prefix_gate else None)
+            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, c.prefix_gate)
             state.visits, tried, again = visited.stop, tried + len(problems), []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
@@ -268,7 +268,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                     keep_correct=c.prefix_gate and bool(g.prefix))
         state = count_visits(state, sampled, first, cut)
-        state.again = found(c, sampled)
+        state.again = found(c, sampled) if trust(c, state) else []
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
@@ -315,6 +315,14 @@ def problems_ahead(c: Config, problems: Sequence[Problem], visits: int, paths: P
     """Problems without a path, in the order of their next visits: so many as are sampled at once."""
     ahead = problems_of(problems, c.seed, range(visits, visits + len(problems)))
     return [p for p in ahead if p.id not in paths][:c.cache_init_chunk or None]
+
+
+def trust(c: Config, state: State) -> float:
+    """The chance that a path of this policy is right: 1 where that does not matter or is not known yet, 0 for
+    a policy that is so weak that it gets whole responses only, which is plain GRPO / DAPO. [RPO-9]"""
+    if not c.prefix_gate or not state.paths:
+        return 1.0
+    return state.pass_rate if state.pass_rate >= cache.WEAK else 0.0
 
 
 def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
@@ -387,9 +395,9 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
-                rule: rewards.RewardRule, pass_rate: float | None = None) -> list[Group]:
+                rule: rewards.RewardRule, gate: bool = False) -> list[Group]:
     """The visits with their suffixes, graded and rewarded as whole responses, each on one rank.
-    pass_rate: of the policy from bare prompts, by which prefixes must pay; None: they need not."""
+    gate: must prefixes pay?"""
     groups, mine = {}, share([sum(len(s.ids) for s in row) for row in suffixes])
     with agreed(rewards.RewardFileError):
         texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
@@ -400,8 +408,7 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
             (problem, prompt, prefix), row = visits[i], suffixes[i]
             correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
             paid, parts = rewards.reward(problem, texts[i], lengths, correct, rule)
-            new = 1 - len(row) * len(prefix) / sum(lengths)  # share of the tokens
-            pays = not prefix or pass_rate is None or cache.pays(correct, new, pass_rate)
+            pays = not prefix or not gate or cache.pays(correct)
             groups[i] = Group(problem, prompt, prefix, requests[i].budget, [s.ids for s in row],
                               [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts,
                               pays)
