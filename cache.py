@@ -67,7 +67,7 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmax(branch))]
 
 
-WEAK = 0.25  # pass rate from bare prompts below which no path is continued. [RPO-9]
+WEAK = 0.2  # pass rate from bare prompts below which no path is continued. [RPO-9]
 
 
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
