@@ -25,9 +25,9 @@ class Refused(Exception):
     """The answer cannot be read or is beyond the bounds. Never leaves this module."""
 
 
-def _limit(size: object, most: int) -> None:
+def _limit(size: object, most: int, what: str = "number too large, or too much work") -> None:
     if size > most:
-        raise Refused("too long, too deep, too large or too much work")
+        raise Refused(what)
 
 
 # --- extract ------------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ _TOKEN = re.compile(
 
 
 def _clean(text: str) -> str:
-    _limit(len(text), MAX_CHARS)
+    _limit(len(text), MAX_CHARS, f"longer than {MAX_CHARS} characters")
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE))
     for pattern, replacement in _CLEAN:
         text = pattern.sub(replacement, text)
@@ -278,7 +278,7 @@ class _Parser:
 
     def expr(self, level: int = ROWS) -> Node:
         self.depth += 1
-        _limit(self.depth, MAX_DEPTH)
+        _limit(self.depth, MAX_DEPTH, "too deep")
         sign = self.take(*("+-" if level <= PRODUCT else "-")) if level <= POWER else ""
         node = self.expr(max(level, PRODUCT)) if sign else self.primary()
         node = _neg(node) if sign == "-" else node
@@ -319,7 +319,7 @@ class _Parser:
         """A number, name, command or bracket."""
         if self.kind == "num":
             mantissa, _, exponent = self.take().lower().partition("e")
-            _limit(max(len(mantissa), 100 * len(exponent)), 400)
+            _limit(max(len(mantissa), 100 * len(exponent)), 400, "too many digits")
             scale, decimals = Fraction(10) ** int(exponent or 0), mantissa.partition(".")[2]
             return _num(Fraction(mantissa) * scale, scale / 10 ** len(decimals) if "." in mantissa else None)
         if self.kind in ("text", "unit"):

@@ -1927,10 +1927,12 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
     groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
               group("d", [5], True, False), group("e", [], False, True)]
     config = train.parse_config([*QUICK, "--problems-per-step", "4"])
-    assert train.found(config, groups) == ["a", "e"]
-    assert train.found(replace(config, problems_per_step=3), groups) == ["a"]  # half of a step at most
-    assert train.found(replace(config, prefix_gate=False), groups) == []
-    assert train.found(replace(config, rollout="full"), groups) == []
+    state = train.State(paths={"a": entry(9, 9)})
+    assert train.found(config, state, groups) == ["a", "e"]
+    assert train.found(replace(config, problems_per_step=3), state, groups) == ["a"]  # half of a step at most
+    for other in (replace(config, prefix_gate=False), replace(config, rollout="full")):
+        assert train.found(other, state, groups) == []
+    assert train.found(config, replace(state, pass_rate=0.1), groups) == []  # all are whole again
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
     plain = [p.id for p in train.problems_of(problems, 0, range(5))]
     left = next(p.id for p in problems if p.id not in plain)
@@ -1945,12 +1947,14 @@ def test_a_weak_policy_gets_whole_responses_only(tmp_path):
     for rate, paths, chance in ((0.1, {}, 1.0), (0.1, some, 0.0), (0.19, some, 0.0), (0.3, some, 0.3)):
         assert train.trust(config, train.State(pass_rate=rate, paths=paths)) == chance
         assert train.trust(replace(config, prefix_gate=False), train.State(pass_rate=rate, paths=paths)) == 1
-    # no answer can be right: after the first paths, all visits start from the prompt
-    problems = [{**p, "answer": "1/31337"} for p in lines_of(TINY / "train.jsonl")[:12]]
-    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--steps", "2", "--max-response", "60",
-               "--dynamic-rounds", "1"]
-    metrics = run_with(tmp_path / "run", *options)
-    assert [m["visits/prefix"] for m in metrics] == [0, 0] and [m["visits/whole"] for m in metrics] == [3, 3]
+    # 20 of 24 problems cannot be solved: some first paths are right, but no visit continues or skips one
+    problems = lines_of(TINY / "train.jsonl")[:24]
+    problems = [p if i < 4 else {**p, "answer": "1/31337"} for i, p in enumerate(problems)]
+    (metrics,) = run_with(tmp_path / "run", "--data", write(tmp_path / "p.jsonl", *problems), "--steps", "1",
+                          "--dynamic-rounds", "1", "--problems-per-step", "24", "--group-size", "2",
+                          "--cache-init-chunk", "24")
+    assert metrics["cache/correct"] > 0
+    assert [metrics[f"visits/{kind}"] for kind in ("whole", "prefix", "skipped")] == [24, 0, 0]
 
 
 def test_problems_are_drawn_by_the_seed():

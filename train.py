@@ -268,7 +268,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                     keep_correct=c.prefix_gate and bool(g.prefix))
         state = count_visits(state, sampled, first, cut)
-        state.again = found(c, sampled) if trust(c, state) else []
+        state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
@@ -485,12 +485,13 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
                 "cache/correct": mean(e.correct for e in kept)} if kept else {})}
 
 
-def found(c: Config, groups: Sequence[Group]) -> list[str]:
+def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
     """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-10]
     A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
     They are half of a step at most."""
     both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
-    return both[:c.problems_per_step // 2] if c.rollout == "rpo" and c.prefix_gate else []
+    goes_on = c.rollout == "rpo" and c.prefix_gate and trust(c, state)
+    return both[:c.problems_per_step // 2] if goes_on else []
 
 
 def follow(share: float, seen: Sequence[bool], memory: int) -> float:
