@@ -114,6 +114,14 @@ def train_until(out: Path, seconds: float, *options: object) -> dict[str, float]
     return last()
 
 
+def checkpoints_at(out: Path, seconds: Sequence[float]) -> list[tuple[Path, dict]]:
+    """The policies of a run that were saved nearest to these seconds, each with the metrics of its step."""
+    saved = {int(path.name.rpartition("-")[2]): path / "policy" for path in out.glob("checkpoint-*[0-9]")}
+    lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] in saved]
+    near = [min(lines, key=lambda line: abs(line["time/total_s"] - x)) for x in seconds]
+    return [(saved[step], line) for step, line in {line["step"]: line for line in near}.items()]
+
+
 def evaluate(policy: Path, problems: Path, out: Path, *options: object) -> dict:
     """The figures that eval.py writes for one policy and one file of problems; `out` is its folder."""
     run("eval.py", "--model", policy, "--data", problems, "--out", out, *options, log=Path(f"{out}.log"))

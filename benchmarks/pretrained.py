@@ -12,7 +12,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import DOCS, ROOT, evaluate, head, machine, parser, read_lines, row, run_folder, train_until
+from common import (DOCS, ROOT, checkpoints_at, evaluate, head, machine, parser, read_lines, row, run_folder,
+                    train_until)
 
 import torch
 from transformers import AutoTokenizer
@@ -26,8 +27,10 @@ EXAMPLES, EXAMPLES_PER_STEP, COLD_LR = 320, 8, 1e-4  # of the cold start
 COMMON = ["--max-response", 160, "--instruction-role", "user", "--instruction", ""]
 TRAINING = ["--max-prompt", 96, "--problems-per-step", 8, "--group-size", 8, "--dynamic-rounds", 2,
             "--length-reward", 0, "--overlong-penalty", 0, "--lr", 2e-5, "--weight-decay", 0,
-            "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 10,
-            "--cache-init-chunk", 64, "--no-gradient-checkpointing", "--tokens-per-forward", 2048]
+            "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 5,
+            "--keep-checkpoints", 20, "--cache-init-chunk", 64, "--no-gradient-checkpointing",
+            "--tokens-per-forward", 2048]
+POINTS = (1 / 3, 2 / 3, 1)  # of --minutes: when a run is evaluated
 WAYS = {"full paths": ["--rollout", "full"],  # the others are compared with the first
         "RPO": ["--rollout", "rpo", "--max-cut", 0.2]}
 
@@ -97,10 +100,17 @@ def is_sound(response: str) -> bool:
     return all(int(a) + int(sign + b) == int(c) for a, sign, b, c in sums)
 
 
-def train(model: Path, folder: Path, way: str, minutes: float) -> dict[str, float]:
-    """train.py on one core until it has trained for so long; its last metrics."""
-    return train_until(run_folder(way, 0, folder), 60 * minutes, "--model", model, "--data",
-                       folder / "train.jsonl", *COMMON, *TRAINING, *WAYS[way])
+def run(model: Path, folder: Path, way: str, minutes: float) -> list[tuple[dict, dict]]:
+    """Train on one core for so long; (figures, metrics) of the checkpoints nearest to POINTS."""
+    out = run_folder(way, 0, folder)
+    train_until(out, 60 * minutes, "--model", model, "--data", folder / "train.jsonl", *COMMON, *TRAINING,
+                *WAYS[way])
+    points = []
+    for policy, metrics in checkpoints_at(out, [60 * minutes * x for x in POINTS]):
+        figures = measure(policy, folder, f"{out.name}-{metrics['step']}")
+        points.append((figures, metrics))
+        print(f"{way}, step {metrics['step']}: pass@1 {figures['avg']:.3f}", flush=True)
+    return points
 
 
 def cells(way: str, figures: dict) -> list[str]:
@@ -108,18 +118,18 @@ def cells(way: str, figures: dict) -> list[str]:
             f"{figures['length']:.0f}"]
 
 
-def write(model: str, minutes: float, before: dict, after: dict[str, tuple[dict, dict]]) -> str:
-    """docs/pretrained.md. after: by way, (figures, last metrics of the training)."""
+def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[dict, dict]]]) -> str:
+    """docs/pretrained.md. after: by way, (figures, metrics) of its points."""
     lines = [row(*cells("before", before), "", "", "")]
-    for way, (figures, metrics) in after.items():
-        lines.append(row(*cells(way, figures), metrics["step"], f"{metrics['tokens/generated']:,}",
-                         f"{metrics['time/total_s'] / 60:.0f}"))
+    lines += [row(*cells(way, figures), metrics["step"], f"{metrics['tokens/generated']:,}",
+                  f"{metrics['time/total_s'] / 60:.0f}")
+              for way, points in after.items() for figures, metrics in points]
     base, *others = after
     for way in others:
-        ours, full = (after[x][0]["per_problem"] for x in (way, base))
+        ours, full = (after[x][-1][0]["per_problem"] for x in (way, base))
         gaps = [100 * (ours[i] - full[i]) for i in full]
         low, high = interval(gaps)
-        lines.append(f"\n{way} against {base}: {sum(gaps) / len(gaps):+.1f} points "
+        lines.append(f"\n{way} against {base}, at the end: {sum(gaps) / len(gaps):+.1f} points "
                      f"({low:+.1f} to {high:+.1f}, paired by problem).")
     text = (f"# Chain sums with {Path(model).name}\n\nWritten by `python benchmarks/pretrained.py --minutes "
             f"{minutes:g}` ({machine()}, one core a run): sums of {TERMS} numbers, a cold start on "
@@ -144,12 +154,8 @@ def main() -> None:
     before = measure(first, folder, "start")
     print(f"before: pass@1 {before['avg']:.3f}", flush=True)
 
-    def run(way: str) -> tuple[dict, dict]:
-        metrics, out = train(first, folder, way, args.minutes), run_folder(way, 0, folder)
-        return measure(out / "policy", folder, f"{out.name}-{metrics['step']}"), metrics
-
     with ThreadPoolExecutor(2) as pool:
-        after = dict(zip(WAYS, pool.map(run, WAYS)))
+        after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args.minutes), WAYS)))
     print(write(args.model, args.minutes, before, after))
 
 

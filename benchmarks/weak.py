@@ -4,15 +4,15 @@
 
 A small policy like that of tiny/ first learns worked sums in which some lines are wrong by ten. Some of these
 mistakes are its likeliest line, and two of them can make up for each other. From there every run of WAYS goes
-on, each on one core, for so many seconds. Its checkpoints are evaluated by sampling. Runs are in --folder; a
-killed call goes on with the same command. Writes docs/weak.md."""
+on, each on one core, for so many seconds. Some of its checkpoints are evaluated by sampling. Runs are in
+--folder; a killed call goes on with the same command. Writes docs/weak.md."""
 import json
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common import DOCS, ROOT, evaluate, head, machine, parser, read_lines, row, run_folder, train_until
+from common import DOCS, ROOT, checkpoints_at, evaluate, head, machine, parser, row, run_folder, train_until
 
 import numpy as np
 
@@ -29,6 +29,7 @@ TRAINING = ["--problems-per-step", 16, "--group-size", 8, "--max-prompt", 128, "
 WAYS = {"full paths": ["--rollout", "full"], "RPO": ["--rollout", "rpo"],
         "RPO, any path is continued": ["--rollout", "rpo", "--no-prefix-gate"]}
 MARKS = (0.1, 0.25, 0.5, 1.0)  # of what full paths use
+POINTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of --seconds: when a run is evaluated
 
 
 def counting(rng: random.Random, slip: float = 0.0) -> dict[str, str]:
@@ -58,18 +59,12 @@ def start_policy(folder: Path) -> Path:
 
 
 def curve(way: str, seed: int, start: Path, folder: Path, seconds: float) -> list[dict]:
-    """Train, then evaluate every checkpoint: [{"step", "tokens", "seconds", "pass@1"}]."""
+    """Train, then evaluate the checkpoints nearest to POINTS: [{"step", "tokens", "seconds", "pass@1"}]."""
     out = run_folder(way, seed, folder)
     train_until(out, seconds, "--model", start, "--seed", seed, *TRAINING, *WAYS[way])
-    steps = {line["step"]: line for line in read_lines(out / "metrics.jsonl")}
-    points = []
-    for checkpoint in sorted(out.glob("checkpoint-*[0-9]")):
-        line = steps.get(int(checkpoint.name.rpartition("-")[2]))
-        if line is None:  # the step in which the run was stopped has no line
-            continue
-        right = sampled(checkpoint / "policy", start, Path(f"{out}-eval") / checkpoint.name)
-        points.append({"step": line["step"], "tokens": line["tokens/generated"],
-                       "seconds": line["time/total_s"], "pass@1": right})
+    points = [{"step": line["step"], "tokens": line["tokens/generated"], "seconds": line["time/total_s"],
+               "pass@1": sampled(policy, start, Path(f"{out}-eval") / str(line["step"]))}
+              for policy, line in checkpoints_at(out, [x * seconds for x in POINTS])]
     (folder / f"{out.name}.json").write_text(json.dumps(points))
     return points
 
