@@ -165,7 +165,7 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
            for i in range(updates)]
     ref = [score(ref_policy, trees[i::updates], temperature, tokens_per_forward) if ref_policy else None
            for i in range(updates)]
-    sums, norms, gap_max = Counter(), [], 0.0
+    sums, norms, diff_max = Counter(), [], 0.0
     for i in range(updates):
         def work(size: float) -> tuple[Counter, float]:
             return accumulate_gradient(policy, groups[i::updates], advantages[i::updates], old[i], ref[i],
@@ -178,9 +178,9 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
             optimizer.step()
             policy.stale = True
             sums["norm"] += norms[-1]
-            for stats, gap in gather({ranks()[0]: part}).values():
+            for stats, diff in gather({ranks()[0]: part}).values():
                 sums.update(stats)
-                gap_max = max(gap_max, gap)
+                diff_max = max(diff_max, diff)
         optimizer.zero_grad()
     policy.eval()
     finite = sum(map(math.isfinite, norms))
@@ -188,7 +188,7 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
     if tokens := sums["tokens"]:
         means = ("entropy", "clip_fraction", "approx_kl", "kl_ref", "sampling_gap_mean")
         metrics |= {f"policy/{name}": sums[name] / tokens for name in means} | {
-            "policy/grad_norm": sums["norm"] / finite, "policy/sampling_gap_max": gap_max,
+            "policy/grad_norm": sums["norm"] / finite, "policy/probs_diff_max": diff_max,
             "tokens/trained": tokens, "tokens/forwarded": sums["forwarded"]}
     return metrics, norms
 
@@ -196,11 +196,12 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
 def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Sequence[Sequence[float]],
                         old: Logprobs | None, ref: Logprobs | None, objective: Objective, temperature: float,
                         tokens_per_forward: float) -> tuple[Counter, float]:
-    """Leave this rank's part of a gradient in the policy: (sums over its tokens, largest sampling gap).
+    """Leave this rank's part of a gradient in the policy; sums over its tokens, and the largest difference of
+    a token's probability in sampling and here.
     old: log-probs of the policy that sampled, None if it is this one; ref: of the reference policy, if any.
     """
     policy.zero_grad()
-    sums, gap_max, denominator = Counter(), 0.0, loss_denominator(groups, objective.aggregation)
+    sums, diff_max, denominator = Counter(), 0.0, loss_denominator(groups, objective.aggregation)
     trees, sampled = [Tree(g.context, g.suffixes) for g in groups], [g.logprobs for g in groups]
     batches = micro_batches(trees, tokens_per_forward)
     if policy.copies:  # FSDP takes the mean over the ranks, which need equally many micro-batches
@@ -218,9 +219,10 @@ def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Seq
         loss, stats = policy_loss(logprobs, batch.mask, per_row, denominator, objective, tensor(old),
                                   tensor(ref))
         loss.backward()
-        gap = ((logprobs.detach() if old is None else tensor(old)) - tensor(sampled))[batch.mask].abs()
-        gap_max = max(gap_max, gap.max().item())
+        here, there = (x[batch.mask] for x in (logprobs.detach() if old is None else tensor(old),
+                                               tensor(sampled)))
+        gap, diff_max = (here - there).abs(), max(diff_max, (here.exp() - there.exp()).abs().max().item())
         sums.update(stats)
         sums.update(tokens=len(gap), entropy=entropy.sum().item(), sampling_gap_mean=gap.sum().item(),
                     forwarded=batch.input_ids.numel())
-    return sums, gap_max
+    return sums, diff_max
