@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import os
 import signal
@@ -672,3 +673,9 @@ def device_bytes(device: torch.device) -> int:
     """All memory of a device."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim_heap() -> None:
+    """Give freed memory of the host back to the system; glibc keeps it, gigabytes after a CPU's update."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

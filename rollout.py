@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from data import say_once
 from policy import (Packed, Policy, Span, Tree, device_bytes, gather, halve_to_fit, head_shape,
-                    merge_attention, pack, padded, partial_attention, share)
+                    merge_attention, pack, padded, partial_attention, share, trim_heap)
 
 PREFILL_TOKENS = 2**14  # contexts computed in one forward, which bounds its activations
 PAGE = 256  # tokens, the fewest that the CUDA kernel for paged keys takes
@@ -491,6 +491,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
 
     with policy.autocast(), packed_weights(policy.model, suffix_len):
         halve_to_fit(attempt, memory, sum(size) / 2**30, "--rollout-memory")
+    trim_heap()
     results = gather(results)
     return [results[i] for i in range(len(requests))]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from policy import Policy, Tree, gather, halve_to_fit, pack, padded, ranks, share
+from policy import Policy, Tree, gather, halve_to_fit, pack, padded, ranks, share, trim_heap
 from rewards import Group
 
 GRAD_CLIP = 1.0  # largest gradient norm
@@ -183,6 +183,7 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
                 diff_max = max(diff_max, diff)
         optimizer.zero_grad()
     policy.eval()
+    trim_heap()
     finite = sum(map(math.isfinite, norms))
     metrics: dict[str, float] = {"policy/skipped_updates": len(norms) - finite}
     if tokens := sums["tokens"]:

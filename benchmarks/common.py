@@ -116,10 +116,10 @@ def train_until(out: Path, seconds: float, *options: object) -> dict[str, float]
 
 def checkpoints_at(out: Path, seconds: Sequence[float]) -> list[tuple[Path, dict]]:
     """The policies of a run that were saved nearest to these seconds, each with the metrics of its step."""
-    saved = {int(path.name.rpartition("-")[2]): path / "policy" for path in out.glob("checkpoint-*[0-9]")}
-    lines = [line for line in read_lines(out / "metrics.jsonl") if line["step"] in saved]
-    near = [min(lines, key=lambda line: abs(line["time/total_s"] - x)) for x in seconds]
-    return [(saved[step], line) for step, line in {line["step"]: line for line in near}.items()]
+    states = {path: json.loads((path / "state.json").read_text()) for path in out.glob("checkpoint-*[0-9]")}
+    near = dict.fromkeys(min(states, key=lambda path: abs(states[path]["seconds"] - x)) for x in seconds)
+    return [(path / "policy", states[path]["metrics"] | {"time/total_s": states[path]["seconds"]})
+            for path in near]
 
 
 def evaluate(policy: Path, problems: Path, out: Path, *options: object) -> dict:
