@@ -149,6 +149,12 @@ def mean_std(values: Sequence[float], form: str) -> str:
     return format(np.mean(values), form) + spread
 
 
+def write_page(path: Path, text: str) -> None:
+    """Replace what stands above the first heading of the second level; what follows was written by hand."""
+    _, mark, kept = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
+    path.write_text(text + mark + kept)
+
+
 def print_json(result: dict[str, float], digits: int = 3) -> None:
     """The last line of a benchmark: all its results, for programs."""
     print(json.dumps({key: round(value, digits) for key, value in result.items()}))

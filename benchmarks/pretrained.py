@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import (DOCS, ROOT, checkpoints_at, evaluate, head, machine, parser, read_lines, row, run_folder,
-                    train_until)
+                    train_until, write_page)
 
 import torch
 from transformers import AutoTokenizer
@@ -119,8 +119,7 @@ def cells(way: str, figures: dict) -> list[str]:
 
 
 def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[dict, dict]]]) -> str:
-    """docs/pretrained.md; what is there under a heading stays. after: by way, (figures, metrics) of its
-    points."""
+    """docs/pretrained.md. after: by way, (figures, metrics) of its points."""
     lines = [row(*cells("before", before), "", "", "")]
     lines += [row(*cells(way, figures), metrics["step"], f"{metrics['tokens/generated']:,}",
                   f"{metrics['time/total_s'] / 60:.0f}")
@@ -138,9 +137,7 @@ def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[
             "intervals by bootstrap over the problems.\n\n"
             + head("policy", "pass@1", "right answers with a wrong sum in them", "mean length", "steps",
                    "tokens generated", "minutes") + "\n" + "\n".join(lines) + "\n")
-    path = DOCS / "pretrained.md"
-    _, mark, kept = path.read_text().partition("\n## ") if path.exists() else ("", "", "")
-    path.write_text(text + mark + kept)
+    write_page(DOCS / "pretrained.md", text)
     return text
 
 
