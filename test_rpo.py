@@ -2651,7 +2651,8 @@ def test_any_number_of_processes_trains_as_one_and_takes_over_from_any_other(tmp
     process = torchrun(2, "train.py", *sharded["dapo_shard"], "--out", str(tmp_path / "2" / "stopped"))
     text = "".join(process.communicate())
     assert process.returncode == 1 and text.count("stopped; go on with: python train.py --resume") == 1, text
-    assert 2 < len(lines_of(tmp_path / "2" / "stopped" / "metrics.jsonl")) < 6 and not stop.exists()
+    # the step that is stopped has no line yet
+    assert 2 <= len(lines_of(tmp_path / "2" / "stopped" / "metrics.jsonl")) < 6 and not stop.exists()
     for count in ("1", "4"):
         (tmp_path / count).mkdir(exist_ok=True)
         shutil.copytree(tmp_path / "2" / "stopped", tmp_path / count / "resumed", symlinks=True)
