@@ -183,7 +183,6 @@ def update(policy: Policy, ref_policy: Policy | None, optimizer: torch.optim.Opt
                 diff_max = max(diff_max, diff)
         optimizer.zero_grad()
     policy.eval()
-    trim_heap()
     finite = sum(map(math.isfinite, norms))
     metrics: dict[str, float] = {"policy/skipped_updates": len(norms) - finite}
     if tokens := sums["tokens"]:
@@ -226,4 +225,5 @@ def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Seq
         sums.update(stats)
         sums.update(tokens=len(gap), entropy=entropy.sum().item(), sampling_gap_mean=gap.sum().item(),
                     forwarded=batch.input_ids.numel())
+        trim_heap()
     return sums, diff_max
