@@ -675,7 +675,8 @@ def device_bytes(device: torch.device) -> int:
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def trim_heap() -> None:
-    """Give freed memory of the host back to the system; glibc keeps it, gigabytes after a CPU's update."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+def trim_heap(device: torch.device) -> None:
+    """On a CPU, give freed memory back to the system: glibc keeps it, gigabytes after an update."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim:
         trim(0)

@@ -491,7 +491,7 @@ def generate(policy: Policy, requests: Sequence[Request], how: Sampling, memory:
 
     with policy.autocast(), packed_weights(policy.model, suffix_len):
         halve_to_fit(attempt, memory, sum(size) / 2**30, "--rollout-memory")
-    trim_heap()
+    trim_heap(policy.device)
     results = gather(results)
     return [results[i] for i in range(len(requests))]
 

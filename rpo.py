@@ -225,5 +225,5 @@ def accumulate_gradient(policy: Policy, groups: Sequence[Group], advantages: Seq
         sums.update(stats)
         sums.update(tokens=len(gap), entropy=entropy.sum().item(), sampling_gap_mean=gap.sum().item(),
                     forwarded=batch.input_ids.numel())
-        trim_heap()
+        trim_heap(policy.device)
     return sums, diff_max

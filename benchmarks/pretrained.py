@@ -1,6 +1,6 @@
 """A pretrained model: full paths and RPO for the same number of minutes, on chain sums made here.
 
-    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60]     # 70 minutes on two cores
+    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60]     # 90 minutes on two cores
 
 The model first learns from a few hundred worked sums how to write one down. From this policy every run of
 WAYS goes on, two at a time and on one core each, until it has trained for --minutes. Runs are in --folder; a

@@ -1,6 +1,6 @@
 """A mostly wrong policy whose mistakes can cancel: full paths and RPO for the same number of seconds.
 
-    python benchmarks/weak.py [--seconds 300] [--seeds 3]     # 25 minutes on two cores
+    python benchmarks/weak.py [--seconds 300] [--seeds 3]     # 35 minutes on two cores
 
 A small policy like that of tiny/ first learns worked sums in which some lines are wrong by ten. Some of these
 mistakes are its likeliest line, and two of them can make up for each other. From there every run of WAYS goes
