@@ -67,6 +67,9 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmax(branch))]
 
 
+WEAK = 0.2  # pass rate from bare prompts below which no path is continued. [RPO-9]
+
+
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
     """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-9]
     Else its visit starts from the bare prompt. A twentieth goes on, to notice when it begins to pay."""

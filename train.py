@@ -16,7 +16,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-7] a visit that would repeat the path is skipped                    cache.py:is_skipped
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
 # [RPO-9] a prefix must pay, else its path is given up                     cache.py:pays, goes_on, cut_wrong
-# [RPO-10] visits return to correct paths out of turn                      train.py:due
+# [RPO-10] a path found by whole responses is continued at once             train.py:found
 from __future__ import annotations
 
 import argparse
@@ -108,7 +108,7 @@ class Config:
     reward_file: str = option("", "file whose reward(problem, texts, lengths, correct) is added, see docs/")
     # the objective; unset: as the row of --algo says
     dynamic_rounds: int | None = option(None, "most rounds of sampling that replace groups all right or all "
-                                              "wrong, 1: none; unset: 10 with dapo and full, else 1", 1)
+                                              "wrong, 1: none; unset: dapo 10, else 1", 1)
     overlong_penalty: float | None = option(None, "largest penalty, growing over the last fifth of "
                                                   "--max-response; unset: dapo 1, else 0")
     kl_coef: float | None = option(None, "weight of the KL penalty to the initial policy, which is then held "
@@ -148,6 +148,7 @@ class State:
     visits: int = 0  # of problems so far, skipped ones included
     pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
     wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
+    again: list[str] = field(default_factory=list)  # problems whose whole responses were partly right
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
     tokens_full_path: int = 0  # what full paths would have needed for the same responses
@@ -195,10 +196,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
           stop: threading.Event) -> State | None:
     """Suffix rollout and policy-gradient update in turn; the last state, or None if `stop` ended it.
     Changes the policy; writes to the folder `out`. Raises FloatingPointError, RewardFileError, OSError."""
-    row = rpo.ALGORITHMS[c.algo]
-    objective = replace(row, kl_coef=c.kl_coef, overlong_penalty=c.overlong_penalty)
-    dynamic = max(row.dynamic_rounds, c.dynamic_rounds) > 1  # does a group need right and wrong responses?
-    start, warned = time.perf_counter() - state.seconds, frozenset()
+    objective = replace(rpo.ALGORITHMS[c.algo], dynamic_rounds=c.dynamic_rounds, kl_coef=c.kl_coef,
+                        overlong_penalty=c.overlong_penalty)
+    dynamic, start, warned = objective.dynamic_rounds > 1, time.perf_counter() - state.seconds, frozenset()
     eos = data.eos_ids(task.tokenizer, policy.model.generation_config.eos_token_id)
     how = rollout.Sampling(eos, policy.vocab_size, c.temperature)
     memory = c.rollout_memory or rollout.default_memory(policy.device, reserved_bytes(c, policy, optimizer))
@@ -206,24 +206,23 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained, first, seen = [time.perf_counter()], [], [], [], set()
+        clock, sampled, trained, first, tried, again = [time.perf_counter()], [], [], [], 0, state.again
         before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
-        for _ in range(c.dynamic_rounds):  # until the step is full
+        for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
-            share = (len(trained) + 1) / (len(seen) + 1)
+            share = (len(trained) + 1) / (tried + 1)
             count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
-            problems, visits_then = due(c, step, task.problems, count, state, seen)
-            if not problems:
-                break  # the step has visited all
+            visited = range(state.visits, state.visits + count - len(again))
+            problems = problems_of(task.problems, c.seed, visited, again)
             prefixes = [[] for _ in problems]  # of full paths
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
                     chunk = problems_ahead(c, task.problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
-                    chance = state.pass_rate if c.prefix_gate and state.paths else 1.0
-                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory, chance)
+                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
+                                               trust(c, state))
                     if not state.paths:  # the first chunk is sampled in any case: what it tells
                         right = [path.correct for path in fresh.values()]
                         state.pass_rate = state.wrong_pays = follow(0.5, right, 2)
@@ -231,7 +230,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
+                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays) \
+                    if trust(c, state) else prefixes
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -240,7 +240,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
             groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, c.prefix_gate)
-            state.visits, seen = visits_then, seen | {p.id for p in problems}
+            state.visits, tried, again = visited.stop, tried + len(problems), []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
@@ -268,11 +268,12 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
                     keep_correct=c.prefix_gate and bool(g.prefix))
         state = count_visits(state, sampled, first, cut)
+        state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
-                         "group/missing": (c.dynamic_rounds > 1) * (c.problems_per_step - len(trained)),
+                         "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
-                         **visit_metrics(state, before, sampled, len(seen), cut),
+                         **visit_metrics(state, before, sampled, tried, cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -299,37 +300,29 @@ def agree(state: State, stop: threading.Event) -> bool:
     return any(stopped for _, stopped in seen)
 
 
-def problems_of(problems: Sequence[Problem], seed: int, visits: range) -> list[Problem]:
-    """Those of these visits: all of them in a new random order every epoch. None comes twice."""
-    n = len(problems)
+def problems_of(problems: Sequence[Problem], seed: int, visits: range,
+                again: Sequence[str] = ()) -> list[Problem]:
+    """Those named in `again`, then those of these visits: all of them in a new random order every epoch.
+    None comes twice."""
+    n, by_id = len(problems), {p.id: p for p in problems if again}
     order = {epoch: np.random.default_rng((seed, epoch, ORDER)).permutation(n)
              for epoch in {visit // n for visit in visits}}
-    due = [problems[order[visit // n][visit % n]] for visit in visits]
+    due = [by_id[i] for i in again] + [problems[order[visit // n][visit % n]] for visit in visits]
     return list({p.id: p for p in due}.values())
-
-
-def due(c: Config, step: int, problems: Sequence[Problem], count: int, state: State,
-        seen: set[str]) -> tuple[list[Problem], int]:
-    """The problems of the next `count` visits, without those that this step has seen; state.visits then.
-    Some visits return to correct paths, out of turn and at random: as large a share of them as that of the
-    problems in the cache without such a path. [RPO-10] The weaker a policy, the more it makes of the few
-    that it has: what follows most of one is right more often than a whole response, and shorter."""
-    right: list[Problem] = []
-    if c.rollout == "rpo" and c.prefix_gate and state.paths:
-        wrong = mean(not path.correct for path in state.paths.values())
-        paths = {i: path for i, path in state.paths.items() if path.correct and i not in seen}
-        right = [p for p in problems if p.id in paths]
-        order = np.random.default_rng((c.seed, step, ORDER, len(seen))).permutation(len(right))
-        right = [right[i] for i in order[:round(count * wrong)]]
-    visits = range(state.visits, state.visits + count - len(right))
-    both = right + problems_of(problems, c.seed, visits)
-    return list({p.id: p for p in both if p.id not in seen}.values()), visits.stop
 
 
 def problems_ahead(c: Config, problems: Sequence[Problem], visits: int, paths: Paths) -> list[Problem]:
     """Problems without a path, in the order of their next visits: so many as are sampled at once."""
     ahead = problems_of(problems, c.seed, range(visits, visits + len(problems)))
     return [p for p in ahead if p.id not in paths][:c.cache_init_chunk or None]
+
+
+def trust(c: Config, state: State) -> float:
+    """The chance that a path of this policy is right: 1 where that does not matter or is not known yet, 0 for
+    a policy that is so weak that it gets whole responses only, which is plain GRPO / DAPO. [RPO-9]"""
+    if not c.prefix_gate or not state.paths:
+        return 1.0
+    return state.pass_rate if state.pass_rate >= cache.WEAK else 0.0
 
 
 def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
@@ -490,6 +483,15 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "response/finished_fraction": mean(x for g in sampled for x in g.finished),
             **({"cache/entries": len(kept), "cache/reward": mean(e.reward for e in kept),
                 "cache/correct": mean(e.correct for e in kept)} if kept else {})}
+
+
+def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
+    """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-10]
+    A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
+    They are half of a step at most."""
+    both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
+    goes_on = c.rollout == "rpo" and c.prefix_gate and trust(c, state)
+    return both[:c.problems_per_step // 2] if goes_on else []
 
 
 def follow(share: float, seen: Sequence[bool], memory: int) -> float:
@@ -684,8 +686,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 
 def check_config(c: Config) -> Config:
     """Fill in what the algorithm and the rollout set. Raises ValueError for impossible values."""
-    settings = vars(rpo.ALGORITHMS[c.algo]) | ({"length_reward": 0.01, "dynamic_rounds": 1}
-                                               if c.rollout == "rpo" else {"length_reward": 0.0})
+    settings = vars(rpo.ALGORITHMS[c.algo]) | {"length_reward": 0.01 if c.rollout == "rpo" else 0.0}
     c = replace(c, **{name: settings[name] for name, value in vars(c).items() if value is None})
     cache.parse_max_cut(c.max_cut)
     for item in dataclasses.fields(Config):

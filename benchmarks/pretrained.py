@@ -4,7 +4,7 @@
 
 The model first learns from a few hundred worked sums how to write one down. From this policy every run of
 WAYS goes on, two at a time and on one core each, until it has trained for --minutes. Runs are in --folder; a
-killed call goes on with the same command. Needs 50 GB of disk. Writes docs/pretrained.md.
+killed call goes on with the same command. Writes docs/pretrained.md.
 """
 import json
 import random
@@ -25,10 +25,10 @@ from policy import Tree, load_policy, pack
 TERMS, TRAIN, TEST = 12, 256, 512
 EXAMPLES, EXAMPLES_PER_STEP, COLD_LR = 320, 8, 1e-4  # of the cold start
 COMMON = ["--max-response", 160, "--instruction-role", "user", "--instruction", ""]
-TRAINING = ["--max-prompt", 96, "--problems-per-step", 16, "--group-size", 8, "--dynamic-rounds", 1,
+TRAINING = ["--max-prompt", 96, "--problems-per-step", 8, "--group-size", 8, "--dynamic-rounds", 2,
             "--length-reward", 0, "--overlong-penalty", 0, "--lr", 2e-5, "--weight-decay", 0,
             "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 5,
-            "--keep-checkpoints", 16, "--cache-init-chunk", 64, "--no-gradient-checkpointing",
+            "--keep-checkpoints", 20, "--cache-init-chunk", 64, "--no-gradient-checkpointing",
             "--tokens-per-forward", 2048]
 POINTS = (1 / 3, 2 / 3, 1)  # of --minutes: when a run is evaluated
 WAYS = {"full paths": ["--rollout", "full"],  # the others are compared with the first

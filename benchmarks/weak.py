@@ -23,7 +23,7 @@ import make  # noqa: E402
 SLIP, HARD = 0.05, frozenset(random.Random(7).sample(range(100), 20))
 TRAIN, TEST, EVERY = 512, 1024, 3  # problems; steps between checkpoints
 TRAINING = ["--problems-per-step", 16, "--group-size", 8, "--max-prompt", 128, "--max-response", 192,
-            "--max-cut", 0.5, "--dynamic-rounds", 1, "--length-reward", 0, "--overlong-penalty", 0,
+            "--max-cut", 0.5, "--dynamic-rounds", 2, "--length-reward", 0, "--overlong-penalty", 0,
             "--lr", 3e-5, "--warmup-steps", 5, "--weight-decay", 0, "--steps", 100000, "--eval-every", 0,
             "--save-every", EVERY, "--keep-checkpoints", 1000, "--cache-init-chunk", 64,
             "--no-gradient-checkpointing"]
