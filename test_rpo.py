@@ -1941,6 +1941,15 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
         left, plain[1], plain[0], *plain[2:]]  # none twice
 
 
+def test_a_step_visits_no_problem_twice(tmp_path):
+    """It drew the same responses again. Two problems are never solved: later rounds have none left."""
+    problems = [{**p, "answer": "1/31337"} for p in lines_of(TINY / "train.jsonl")[:2]]
+    (metrics,) = run_with(tmp_path / "run", "--data", write(tmp_path / "p.jsonl", *problems), "--rollout",
+                          "full", "--steps", "1", "--dynamic-rounds", "3", "--problems-per-step", "2",
+                          "--max-response", "30")
+    assert metrics["group/sampled"] == 2 and metrics["group/missing"] == 2
+
+
 def test_a_weak_policy_gets_whole_responses_only(tmp_path):
     """Right answers by luck got into the cache: SmolLM2 went from 33 % to 8 % on sums in its second epoch."""
     config = train.parse_config([*QUICK])

@@ -206,15 +206,15 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
     for step in bar:
-        clock, sampled, trained, first, tried, again = [time.perf_counter()], [], [], [], 0, state.again
+        clock, sampled, trained, first, seen, again = [time.perf_counter()], [], [], [], set(), state.again
         before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
         rule.checker.take_counts()
         for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
-            share = (len(trained) + 1) / (tried + 1)
+            share = (len(trained) + 1) / (len(seen) + 1)
             count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
             visited = range(state.visits, state.visits + count - len(again))
-            problems = problems_of(task.problems, c.seed, visited, again)
+            problems = [p for p in problems_of(task.problems, c.seed, visited, again) if p.id not in seen]
             prefixes = [[] for _ in problems]  # of full paths
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
@@ -240,7 +240,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
             groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, c.prefix_gate)
-            state.visits, tried, again = visited.stop, tried + len(problems), []
+            state.visits, seen, again = visited.stop, seen | {p.id for p in problems}, []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
@@ -273,7 +273,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(sampled, trained, cut, state.paths),
-                         **visit_metrics(state, before, sampled, tried, cut),
+                         **visit_metrics(state, before, sampled, len(seen), cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
