@@ -2408,6 +2408,9 @@ def test_the_memory_plan_by_hand(memory):
     assert updating["gradient of the head"] == 151936 * 1536 * 6  # and the bfloat16 head
     shared, _ = memory.memory_plan(config, qwen_1_5b(), "cuda", 80e9, shards=8)
     assert (shared["weights"], shared["optimiser states"]) == (n / 2, n)
+    for plan in memory.memory_plan(config, qwen_1_5b(), "cpu", 80e9):  # a tenth on top
+        assert 10 * plan.pop("freed, kept by the allocator") == pytest.approx(sum(plan.values()))
+    assert not rolling["freed, kept by the allocator"]
 
 
 def test_the_plan_needs_no_weights_and_writes_nothing(memory, tmp_path, capsys):
