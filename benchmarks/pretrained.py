@@ -23,11 +23,12 @@ from eval import interval
 from policy import Tree, load_policy, pack
 
 TERMS, TRAIN, TEST = 12, 256, 512
+VISITED = 64  # of TRAIN: each is visited several times within the hour, as in the paper
 EXAMPLES, EXAMPLES_PER_STEP, COLD_LR = 320, 8, 1e-4  # of the cold start
 COMMON = ["--max-response", 160, "--instruction-role", "user", "--instruction", ""]
-TRAINING = ["--max-prompt", 96, "--problems-per-step", 8, "--group-size", 8, "--dynamic-rounds", 2,
+TRAINING = ["--max-prompt", 96, "--problems", VISITED, "--problems-per-step", 8, "--group-size", 8,
             "--length-reward", 0, "--overlong-penalty", 0, "--lr", 2e-5, "--weight-decay", 0,
-            "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 5,
+            "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 4,
             "--keep-checkpoints", 20, "--cache-init-chunk", 64, "--no-gradient-checkpointing",
             "--tokens-per-forward", 2048]
 POINTS = (1 / 3, 2 / 3, 1)  # of --minutes: when a run is evaluated
@@ -133,8 +134,8 @@ def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[
                      f"({low:+.1f} to {high:+.1f}, paired by problem).")
     text = (f"# Chain sums with {Path(model).name}\n\nWritten by `python benchmarks/pretrained.py --minutes "
             f"{minutes:g}` ({machine()}, one core a run): sums of {TERMS} numbers, a cold start on "
-            f"{EXAMPLES} worked ones, {TRAIN} problems to train on, {TEST} held out; greedy pass@1 with 95 % "
-            "intervals by bootstrap over the problems.\n\n"
+            f"{EXAMPLES} worked ones, {VISITED} problems to train on, {TEST} held out; greedy pass@1 with "
+            "95 % intervals by bootstrap over the problems.\n\n"
             + head("policy", "pass@1", "right answers with a wrong sum in them", "mean length", "steps",
                    "tokens generated", "minutes") + "\n" + "\n".join(lines) + "\n")
     write_page(DOCS / "pretrained.md", text)
