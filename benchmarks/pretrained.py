@@ -4,7 +4,7 @@
 
 The model first learns from a few hundred worked sums how to write one down. From this policy every run of
 WAYS goes on, two at a time and on one core each, until it has trained for --minutes. Runs are in --folder; a
-killed call goes on with the same command. Writes docs/pretrained.md.
+killed call goes on with the same command. Needs up to 70 GB of disk. Writes docs/pretrained.md.
 """
 import json
 import random
