@@ -39,6 +39,7 @@ import rollout
 import rpo
 import train
 from answers import Checker, extract_answer, is_correct, parse_error
+from benchmarks import memory
 from policy import Policy, Tree, load_policy, pack, padded
 from rewards import Group, length_rewards
 
@@ -2392,13 +2393,7 @@ def test_a_card_that_is_too_small_is_told_before_the_weights_are_loaded():
     train.check_fits(replace(config, optimizer="adamw8bit"), n, 24e9, 1)
 
 
-@pytest.fixture
-def memory(monkeypatch):
-    monkeypatch.syspath_prepend(Path(train.__file__).with_name("benchmarks"))  # a script beside its common.py
-    return pytest.importorskip("memory")
-
-
-def test_the_memory_plan_by_hand(memory):
+def test_the_memory_plan_by_hand():
     n, config = 1_543_714_304, train.parse_config(["--rollout-memory", "4"])
     rolling, updating = memory.memory_plan(config, qwen_1_5b(), "cuda", 80e9)
     assert (updating["weights"], updating["gradients"], updating["optimiser states"]) == (4 * n, 4 * n, 8 * n)
@@ -2413,14 +2408,17 @@ def test_the_memory_plan_by_hand(memory):
     assert not rolling["freed, kept by the allocator"]
 
 
-def test_the_plan_needs_no_weights_and_writes_nothing(memory, tmp_path, capsys):
+def test_the_plan_needs_no_weights_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "model").mkdir()
     qwen_1_5b().config.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert memory.main(["--model", str(tmp_path / "model"), "--out", str(out), "--gb", "24"]) == 0
+    assert train.main(["--model", str(tmp_path / "model"), "--out", str(out), "--dry-run", "24"]) == 0
     text = capsys.readouterr().out
     assert "fits with --optimizer adamw8bit" in text and "| weights | 6.17 | 6.17 |" in text
     assert "about 76,800" in text and not out.exists()  # 64 problems, 8 suffixes of 150
+    options = ["--dry-run", "24", "--optimizer", "adamw8bit", "--tokens-per-forward", "8192"]
+    assert train.main(["--model", str(tmp_path / "model"), *options]) == 0  # without bitsandbytes, too
+    assert "24.0 GB: fits\n" in capsys.readouterr().out
 
 
 FLOORS = [{"answers", "cache", "data"}, {"policy", "rewards"}, {"rollout", "rpo"}, {"eval"}, {"train"}]

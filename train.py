@@ -139,6 +139,8 @@ class Config:
     out: str = option("", "run folder; a run in it is resumed; empty: runs/MODEL-ALGO-ROLLOUT-DATE-TIME")
     resume: str = option("", "run folder to resume, with its options")
     seed: int = option(0, "of everything random")
+    dry_run: float | None = option(None, "print what the run needs of a GPU of so many GB, from the model's "
+                                         "config alone, and end; without a number, of the device at hand")
 
 
 @dataclass
@@ -672,6 +674,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
         kind, least = item.type.split(" | ")[0], item.metadata["least"]
         how = {"action": argparse.BooleanOptionalAction} if kind == "bool" else {"choices": least} \
             if isinstance(least, tuple) else {"type": kinds[kind][0], "metavar": kinds[kind][1]}
+        how |= {"nargs": "?", "const": 0.0} if item.name == "dry_run" else {}
         default = "" if item.default in (None, "") else f" (default: {item.default})"
         text = (item.metadata["help"] + default).replace("%", "%%")
         parser.add_argument(flag_of(item.name), help=text, **how)
@@ -687,7 +690,7 @@ def parse_config(arguments: Sequence[str]) -> Config:
 def check_config(c: Config) -> Config:
     """Fill in what the algorithm and the rollout set. Raises ValueError for impossible values."""
     settings = vars(rpo.ALGORITHMS[c.algo]) | {"length_reward": 0.01 if c.rollout == "rpo" else 0.0}
-    c = replace(c, **{name: settings[name] for name, value in vars(c).items() if value is None})
+    c = replace(c, **{name: settings[name] for name in vars(c).keys() & settings if vars(c)[name] is None})
     cache.parse_max_cut(c.max_cut)
     for item in dataclasses.fields(Config):
         value, least = vars(c)[item.name], item.metadata["least"]
@@ -698,7 +701,7 @@ def check_config(c: Config) -> Config:
     if c.updates_per_rollout > c.problems_per_step:
         raise ValueError(f"--updates-per-rollout {c.updates_per_rollout}: every update needs a problem, and "
                          f"--problems-per-step is {c.problems_per_step}")
-    if c.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+    if c.optimizer == "adamw8bit" and c.dry_run is None and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optimizer adamw8bit: needs the package bitsandbytes, which is not installed: "
                          "pip install bitsandbytes")
     if c.shard and ranks()[1] == 1:
@@ -821,7 +824,7 @@ def check_fits(c: Config, parameters: int, total: float, shards: int) -> None:
         raise ValueError(
             f"--model {c.model}: weights, gradients and optimiser states take {need[c.optimizer] / 1e9:.1f} "
             f"GB, this device has {total / 1e9:.1f}: give {less}--shard with {devices} devices or more, or a "
-            "smaller model; benchmarks/memory.py prints what a run needs")
+            "smaller model; --dry-run prints what a run needs")
 
 
 def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.optim.Optimizer:
@@ -872,6 +875,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop.set()
         tqdm.write("signal: the run ends with a checkpoint after this step; once more: at once, without")
     try:
+        if config.dry_run is not None:
+            from benchmarks.memory import report
+            print(report(config))
+            return 0
         lock, (out, task, policy, *others, rule, state) = prepare(config)
         with agreed(ValueError, OSError):
             out.mkdir(parents=True, exist_ok=True)

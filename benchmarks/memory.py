@@ -1,18 +1,14 @@
-"""What a run needs of a GPU, from the model's config alone: does it fit, and if not, what would?
+"""What a run needs, from the model's config alone: train.py --dry-run. Does it fit, and if not, what would?
 
-    python benchmarks/memory.py --gb 24                                   # a GPU of 24 GB
-    python benchmarks/memory.py --gb 80 --cards 8 --model Qwen2.5-Math-7B # eight, as with --shard
-    python benchmarks/memory.py @presets/tiny.args                        # the device at hand
+    python train.py --dry-run                                  # the device at hand
+    python train.py --dry-run 24                               # a GPU of 24 GB
+    torchrun --nproc-per-node 8 train.py --dry-run 80 --shard --model Qwen2.5-Math-7B
 
-Takes the options of train.py besides (--cards stands for --shard). Prints the memory by item at the peak of
-the rollout and at that of the update, for the longest prompts and responses and full micro-batches, whether
-it fits or with which options it would, and the tokens sampled in a round. Loads no weights, writes nothing.
+Prints the memory by item at the peak of the rollout and at that of the update, for the longest prompts and
+responses and full micro-batches, whether it fits or with which options it would, and the tokens sampled in a
+round. Loads no weights, writes nothing.
 """
-import sys
-from collections.abc import Sequence
 from dataclasses import replace
-
-from common import head, parser, row
 
 import torch
 from transformers import PreTrainedModel
@@ -20,9 +16,8 @@ from transformers import PreTrainedModel
 import cache
 import data
 import rollout
-from eval import fail
-from policy import LOGITS_PER_CHUNK, device_bytes, device_of, head_shape, load_shape
-from train import OPTIMIZER_BYTES, Config, dtype_of, parse_config, peak_rss
+from policy import LOGITS_PER_CHUNK, device_bytes, device_of, head_shape, load_shape, ranks
+from train import OPTIMIZER_BYTES, Config, dtype_of, peak_rss
 
 
 FRAGMENTS = 0.1  # of the memory of a process on a CPU, measured; 13 steps of SmolLM2-135M had 0.2
@@ -76,10 +71,11 @@ def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shar
     return "does not fit: take a smaller model"
 
 
-def report(c: Config, device: torch.device, gb: float, cards: int) -> str:
-    """What the run needs, as a table, and whether it fits."""
-    model = load_shape(data.find_model(c.model, weights=False))
-    kind, total = ("cuda", gb * 1e9) if gb else (device.type, device_bytes(device))
+def report(c: Config) -> str:
+    """What the run needs, as a table, and whether it fits. Raises ValueError or OSError without a model."""
+    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c.device)
+    kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run else (device.type, device_bytes(device))
+    cards = ranks()[1] if c.shard else 1
     plans = memory_plan(c, model, kind, total, cards)
     names = [name for name, size in (plans[0] | plans[1]).items() if size]
     plans = [plan | {"**peak**": sum(plan.values())} for plan in plans]
@@ -88,27 +84,8 @@ def report(c: Config, device: torch.device, gb: float, cards: int) -> str:
     rows = c.problems_per_step * c.group_size
     return "\n".join([
         f"{c.model} on {cards} {kind} of {total / 1e9:.1f} GB: {what_fits(c, model, kind, total, cards)}", "",
-        head("GB", "rollout", "update"),
-        *(row(name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans))
+        "| GB | rollout | update |", "|---|---|---|",
+        *(f"| {name} | " + " | ".join(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans) + " |"
           for name in (*names, "**peak**")), "",
         f"tokens sampled in a round: about {rows * suffix:,.0f} where suffixes are as long as what was cut "
         f"off, at most {rows * c.max_response:,}"])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    own = parser(__doc__)
-    own.add_argument("--gb", type=float, default=0.0, help="memory of the GPU; without, the device at hand")
-    own.add_argument("--cards", type=int, default=1, help="GPUs that share the run, with --shard")
-    args, options = own.parse_known_args(arguments)
-    if args.gb < 0 or args.cards < 1:
-        own.error(f"--gb {args.gb:g}, --cards {args.cards}: give the memory of a GPU, and how many there are")
-    config = parse_config(options)
-    try:
-        print(report(config, device_of(config.device), args.gb, args.cards))
-    except (ValueError, OSError) as error:
-        return fail("memory.py", 2, error)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
