@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -183,7 +185,8 @@ def resumed(path: Path, protocol: str) -> list[dict]:
         except ValueError:
             break
     if not whole or whole[0] != {"protocol": protocol}:
-        raise ValueError(f"--out {path.parent}: {path.name} was made with other options; give another folder")
+        raise ValueError(f"--out {path.parent}: {path.name} was made with other options or weights; "
+                         "give another folder")
     path.write_text("".join(json.dumps(record) + "\n" for record in whole))
     return whole[1:]
 
@@ -243,13 +246,19 @@ def load_problems(args: argparse.Namespace) -> dict[str, tuple[str, list[Problem
     return sets
 
 
-def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
+def protocol_of(args: argparse.Namespace, folder: Path, tokenizer: PreTrainedTokenizerBase,
                 sets: dict) -> dict[str, object]:
     """Everything that the numbers depend on."""
-    here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-    return {"model": args.model, "samples": args.samples, "temperature": args.temperature,
-            "top_p": args.top_p, "top_k": args.top_k, "max_response": args.max_response, "seed": args.seed,
+    here, git = Path(__file__).resolve().parent, shutil.which("git")
+    commit = git and subprocess.run([git, "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True,
+                                    text=True).stdout.strip()
+    digests = []  # runs/NAME/policy is another policy when the run goes on
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return {"model": args.model, "weights": fingerprint(digests), "samples": args.samples,
+            "temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+            "max_response": args.max_response, "seed": args.seed,
             "instruction": args.instruction, "instruction_role": args.instruction_role,
             "template_args": args.template_args,
             "template": fingerprint(tokenizer.chat_template or "plain"),
@@ -257,7 +266,7 @@ def protocol_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase,
             "data": {name: {"source": source, "problems": len(problems),
                             "hash": fingerprint([p.id for p in problems])}
                      for name, (source, problems) in sets.items()},
-            "commit": commit.stdout.strip() or "unknown", "torch": torch.__version__,
+            "commit": commit or "unknown", "torch": torch.__version__,
             "transformers": transformers.__version__}
 
 
@@ -311,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets, device = load_problems(args), device_of("auto")
         folder = data.find_model(args.model)
         tokenizer = data.load_tokenizer(folder)
-        protocol = protocol_of(args, tokenizer, sets)
+        protocol = protocol_of(args, folder, tokenizer, sets)
         out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
         with agreed(ValueError, OSError):
@@ -332,6 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name] = run_one(args, evaluator, problems, earlier[name], out / f"responses-{name}.jsonl")
     except (ValueError, OSError) as error:
         return fail("eval.py", 2, error)
+    except torch.OutOfMemoryError as error:
+        return fail("eval.py", 1, "out of memory: is the device in use, or too small to load the weights in "
+                                  f"float32? If not, lower --memory ({error})")
     if ranks()[0] == 0:
         text = json.dumps({"protocol": protocol, "results": results}, indent=1)
         (out / "results.json").write_text(text + "\n")

@@ -447,12 +447,14 @@ class Policy(torch.nn.Module):
     def shard(self) -> None:
         """Spread weights, gradients and Adam states over the ranks (FSDP2). Log-probs with gradient then come
         from `forward` only, which all ranks must call equally often; everything else uses `whole`."""
-        whole, mesh = copy.deepcopy(self), init_device_mesh(self.device.type, (ranks()[1],))
+        mesh = init_device_mesh(self.device.type, (ranks()[1],))
         dtypes = MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
-        for layer, copied in zip(*(next(m for m in x.model.base_model.children()
-                                        if isinstance(m, torch.nn.ModuleList)) for x in (self, whole))):
+        layers = next(m for m in self.model.base_model.children() if isinstance(m, torch.nn.ModuleList))
+        copies = torch.nn.ModuleList()  # layer by layer: a device cannot hold all of them twice
+        whole = copy.deepcopy(self, {id(layers): copies})
+        for layer in layers:
+            copies.append(cast_weights(copy.deepcopy(layer), self.dtype))
             fully_shard(layer, mesh=mesh, mp_policy=dtypes)
-            copied.to(self.dtype)
         fully_shard(self, mesh=mesh)
         self.copies = [whole]
 
@@ -532,6 +534,8 @@ def load_shape(folder: str | Path) -> PreTrainedModel:
             raise ValueError("its weights are quantized: give the folder of the original model")
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ValueError(f"a {config.model_type} model is no language model of text alone")
+        if not hasattr(config, "num_attention_heads"):
+            raise ValueError(f"a {config.model_type} model has no attention, which shares prefixes here")
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
@@ -556,7 +560,14 @@ def load_policy(folder: str | Path, vocab_size: int, device: torch.device,
                          f"shape: {', '.join(missing[:9])}")
     if (rows := len(model.get_input_embeddings().weight)) < vocab_size:
         raise ValueError(f"--model: {folder} has {vocab_size} tokens but embeddings for {rows}: resize them")
-    return Policy(model.to(device), vocab_size, dtype).to(weights)
+    return cast_weights(Policy(model.to(device), vocab_size, dtype), weights)
+
+
+def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The module with its weights in dtype. Its buffers stay: rotary frequencies are wrong in bfloat16."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+    return module
 
 
 def halve_to_fit(work: Callable[[float], object], size: float, floor: float, option: str) -> object:

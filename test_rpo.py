@@ -1584,6 +1584,13 @@ def test_model_folders_that_would_train_something_else_are_refused(tmp_path):
         data.load_tokenizer(tmp_path / "bare")
 
 
+def test_frozen_weights_are_cast_and_rotary_frequencies_are_not():
+    """bfloat16 frequencies are off by radians after 3,000 tokens: eval.py measured another policy."""
+    policy = load_policy(TINY, VOCAB, torch.device("cpu"), torch.bfloat16, weights=torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in policy.buffers()} == {torch.float32}
+
+
 def test_older_architectures_share_prefixes_too():
     from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
     sizes = dict(vocab_size=VOCAB, initializer_range=0.25, bos_token_id=None, eos_token_id=None)
@@ -1942,6 +1949,27 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
         left, plain[1], plain[0], *plain[2:]]  # none twice
 
 
+def test_a_problem_of_this_step_always_gets_its_path():
+    """With fewer problems than a step visits, that of a path given up was never among those ahead: the run
+    looped for ever."""
+    problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
+    config = train.parse_config([*QUICK])
+    for visits, missing in itertools.product(range(20), problems):
+        paths = {p.id: entry(9, 9) for p in problems if p != missing}
+        now = train.problems_of(problems, 0, range(visits, visits + 16))
+        assert missing not in now or train.problems_ahead(config, problems, now, visits, paths) == [missing]
+
+
+def test_the_seconds_of_a_run_count_its_last_evaluation(tmp_path, monkeypatch):
+    """What the summary called training was short of one evaluation."""
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"eval/accuracy": 0.5, "time/eval_s": 7.0})
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 100.0)
+    task, config = SimpleNamespace(held_out=[], tokenizer=None), train.parse_config(["--steps", "4"])
+    state = train.State(step=4, seconds=50.0, eval_seconds=10.0, metrics={"step": 4})
+    last = train.finish_step(config, tmp_path, task, None, (), None, 1.0, state, 40.0)
+    assert (last.seconds, last.eval_seconds) == (60.0, 17.0)
+
+
 def test_a_step_visits_no_problem_twice(tmp_path):
     """It drew the same responses again. Two problems are never solved: later rounds have none left."""
     problems = [{**p, "answer": "1/31337"} for p in lines_of(TINY / "train.jsonl")[:2]]
@@ -1973,6 +2001,10 @@ def test_problems_are_drawn_by_the_seed():
     drawn = [{p.id for p in train.make_task(replace(config, seed=seed), whole, whole[:1], TINY).problems}
              for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and {len(x) for x in drawn} == {5}
+    some = ["--data", str(TINY / "train.jsonl"), "--eval-problems"]  # in a folder without held-out ones
+    assert len(train.split_problems(train.parse_config([*some, "7"]), TINY / "none")[1]) == 7
+    with pytest.raises(ValueError, match="--eval-problems 0.*--eval-data"):
+        train.split_problems(train.parse_config([*some, "0"]), TINY / "none")
     for count in (0, 4800):
         assert train.make_task(replace(config, problems=count), whole, whole[:1], TINY).problems == whole
 
@@ -2346,7 +2378,8 @@ def test_preset_options_can_be_overridden_by_later_ones(tmp_path):
     (["--max-prompt", "5"], "--max-prompt"), (["--max-response", "4000"], "--max-response"),
     (["--rollout-memory", "0.00001"], "--rollout-memory"), (["@nothing.args"], "nothing.args"),
     (["--algo", "ppo"], "ppo"), (["--grad-clip", "2"], "--grad-clip"),
-    (["--optimizer", "adamw8bit"], "pip install bitsandbytes")])
+    (["--optimizer", "adamw8bit"], "pip install bitsandbytes"),
+    (["--optimizer", "adamw8bit", "--shard"], "cannot be spread")])
 def test_bad_input_is_one_sentence_and_code_2(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # no model of that name is asked for
     out = tmp_path / "out"
@@ -2393,6 +2426,23 @@ def test_a_card_that_is_too_small_is_told_before_the_weights_are_loaded():
     train.check_fits(replace(config, optimizer="adamw8bit"), n, 24e9, 1)
 
 
+def test_what_no_number_of_cards_can_load_is_refused():
+    """Every rank loads the whole model in float32 before it is spread: 32B do not go through 80 GB."""
+    config = train.parse_config([])
+    with pytest.raises(ValueError, match="128.0, this device has 80.0: give a smaller model"):
+        train.check_fits(config, int(32e9), 80e9, 64)
+    train.check_fits(config, int(14e9), 80e9, 8)
+
+
+@pytest.mark.parametrize("copies, states", [([], 10), (["whole"], 1)])  # 8 + 2; 8 / 8, and the copy is there
+def test_the_rollout_leaves_free_what_the_optimiser_needs_on_one_card(copies, states, monkeypatch):
+    """--shard reserved the states of all cards on each: 7B left nothing for keys and values."""
+    monkeypatch.setattr(train, "ranks", lambda: (0, 8))
+    monkeypatch.setattr(rollout, "default_memory", lambda device, reserved: reserved)
+    policy = SimpleNamespace(copies=copies, device="cuda", model=SimpleNamespace(num_parameters=lambda: 100))
+    assert train.rollout_memory(train.parse_config([]), policy) == 100 * states
+
+
 def test_the_memory_plan_by_hand():
     n, config = 1_543_714_304, train.parse_config(["--rollout-memory", "4"])
     rolling, updating = memory.memory_plan(config, qwen_1_5b(), "cuda", 80e9)
@@ -2419,6 +2469,10 @@ def test_the_plan_needs_no_weights_and_writes_nothing(tmp_path, capsys):
     options = ["--dry-run", "24", "--optimizer", "adamw8bit", "--tokens-per-forward", "8192"]
     assert train.main(["--model", str(tmp_path / "model"), *options]) == 0  # without bitsandbytes, too
     assert "24.0 GB: fits\n" in capsys.readouterr().out
+    options = ["--model", str(tmp_path / "model"), "--dry-run", "80", "--max-response", "99999"]
+    assert train.main(options) == 2 and "positions" in capsys.readouterr().err
+    transformers.MambaConfig().save_pretrained(tmp_path / "model")
+    assert train.main(options[:4]) == 2 and "mamba model has no attention" in capsys.readouterr().err
 
 
 FLOORS = [{"answers", "cache", "data"}, {"policy", "rewards"}, {"rollout", "rpo"}, {"eval"}, {"train"}]
@@ -2538,6 +2592,18 @@ def test_an_evaluation_states_its_protocol_and_goes_on_where_it_was_killed(tmp_p
     assert evaluation.main(["--compare", *(str(tmp_path / x / "results.json") for x in "ab")]) == 0
     gap = greedy["results"]["easy"]["avg"] - figures["avg"]
     assert f"{gap:+.4f}" in capsys.readouterr().out
+
+
+def test_an_evaluation_tells_weights_apart_that_lie_in_the_same_folder(tmp_path, monkeypatch):
+    """runs/NAME/policy is a link: after more training the figures of the older policy were given again."""
+    args = evaluation.parse(["--model", "policy", "--data", "x.jsonl"])
+    tokenizer = SimpleNamespace(chat_template="")
+    monkeypatch.setattr(shutil, "which", lambda name: None)  # no git here, which is no error
+    found = []
+    for text in ("a", "b", "a"):
+        (tmp_path / "model.safetensors").write_text(text)
+        found.append(evaluation.protocol_of(args, tmp_path, tokenizer, {}))
+    assert found[0] == found[2] != found[1] and found[0]["commit"] == "unknown"
 
 
 def test_every_sample_of_an_evaluation_has_its_own_seed():

@@ -45,7 +45,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, logging
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, logging
 
 import answers
 import cache
@@ -82,7 +82,7 @@ class Config:
     instruction_role: str = option("system", "chat turn that holds it, as for Qwen", ("system", "user"))
     template_args: str = option("", "JSON for the chat template, such as {\"enable_thinking\": false}")
     problems: int = option(4800, "of --data, drawn by the seed, 0: all; 300 steps of 64 visit each of these "
-                                 "four times, as in the paper")
+                                 "four times (the paper's epochs) or more")
     max_prompt: int = option(1024, "tokens; longer prompts, rare in competitions, are dropped", 1)
     max_response: int = option(3072, "tokens; with --max-prompt the 4096 that Qwen2.5-Math can hold", 1)
     # the method
@@ -203,7 +203,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
     dynamic, start, warned = objective.dynamic_rounds > 1, time.perf_counter() - state.seconds, frozenset()
     eos = data.eos_ids(task.tokenizer, policy.model.generation_config.eos_token_id)
     how = rollout.Sampling(eos, policy.vocab_size, c.temperature)
-    memory = c.rollout_memory or rollout.default_memory(policy.device, reserved_bytes(c, policy, optimizer))
+    memory = rollout_memory(c, policy, optimizer)
     state = finish_step(c, out, task, policy, eos, rule.checker, memory, state, start)  # of the step before
     bar = tqdm(range(state.step + 1, c.steps + 1), f"{c.algo} {c.rollout}", unit="step", initial=state.step,
                total=c.steps)
@@ -221,7 +221,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             if c.rollout == "rpo":
                 # 1. paths: problems that need one get a path, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
-                    chunk = problems_ahead(c, task.problems, state.visits, state.paths)
+                    chunk = problems_ahead(c, task.problems, problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
                     given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
                                                trust(c, state))
@@ -313,10 +313,12 @@ def problems_of(problems: Sequence[Problem], seed: int, visits: range,
     return list({p.id: p for p in due}.values())
 
 
-def problems_ahead(c: Config, problems: Sequence[Problem], visits: int, paths: Paths) -> list[Problem]:
-    """Problems without a path, in the order of their next visits: so many as are sampled at once."""
-    ahead = problems_of(problems, c.seed, range(visits, visits + len(problems)))
-    return [p for p in ahead if p.id not in paths][:c.cache_init_chunk or None]
+def problems_ahead(c: Config, problems: Sequence[Problem], now: Sequence[Problem], visits: int,
+                   paths: Paths) -> list[Problem]:
+    """Problems without a path, those visited now and then in the order of their next visits: so many as are
+    sampled at once."""
+    ahead = [*now, *problems_of(problems, c.seed, range(visits, visits + len(problems)))]
+    return [p for p in {p.id: p for p in ahead}.values() if p.id not in paths][:c.cache_init_chunk or None]
 
 
 def trust(c: Config, state: State) -> float:
@@ -449,7 +451,8 @@ def finish_step(c: Config, out: Path, task: Task, policy: Policy, eos: tuple[int
                           eos, f"step {state.step}")
         metrics, accuracy = metrics | result, result["eval/accuracy"]
         state = replace(state, accuracy_before=state.accuracy_before if state.step else accuracy,
-                        accuracy_after=accuracy, eval_seconds=state.eval_seconds + result["time/eval_s"])
+                        accuracy_after=accuracy, eval_seconds=state.eval_seconds + result["time/eval_s"],
+                        seconds=time.perf_counter() - start)
     if len(metrics) > 1:  # not of step 0 without an evaluation
         append(out / "metrics.jsonl", metrics | {"time/total_s": time.perf_counter() - start})
     return state
@@ -609,7 +612,8 @@ def load_state(checkpoint: Path, task: Task) -> State:
     """State and cache; weights and optimiser are loaded where they are made. Raises ValueError."""
     record, tokenizer = json.loads((checkpoint / "state.json").read_text()), task.tokenizer
     if record.pop("problems") != cache.fingerprint(sorted(p.id for p in task.problems)):
-        raise ValueError(f"--resume {checkpoint.parent}: the problems of --data are not those of the run")
+        raise ValueError(f"--resume {checkpoint.parent}: the problems of --data are not those of the run; "
+                         "give the same file, and --eval-every 0 only if it was 0 (else some are held out)")
     paths = cache.load(checkpoint / "cache.jsonl", cache.fingerprint(tokenizer.get_vocab()),
                        {p.id for p in task.problems}, len(tokenizer), tqdm.write)
     return State(**record | {"paths": paths})
@@ -701,6 +705,9 @@ def check_config(c: Config) -> Config:
     if c.updates_per_rollout > c.problems_per_step:
         raise ValueError(f"--updates-per-rollout {c.updates_per_rollout}: every update needs a problem, and "
                          f"--problems-per-step is {c.problems_per_step}")
+    if c.shard and c.optimizer == "adamw8bit":
+        raise ValueError("--optimizer adamw8bit: its states cannot be spread over processes; give adamw, or "
+                         "--no-shard")
     if c.optimizer == "adamw8bit" and c.dry_run is None and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optimizer adamw8bit: needs the package bitsandbytes, which is not installed: "
                          "pip install bitsandbytes")
@@ -731,15 +738,20 @@ def prepare(c: Config) -> tuple[object, tuple]:
     rule = rewards.RewardRule(Checker(), c.max_response, c.length_reward, c.overlong_penalty, own)
     device, vocab_size = device_of(c.device), len(task.tokenizer)
     dtype = dtype_of(c, device.type)
-    check_fits(c, load_shape(folder).num_parameters(), device_bytes(device), ranks()[1] if c.shard else 1)
+    shape = load_shape(folder)
+    check_fits(c, shape.num_parameters(), device_bytes(device), ranks()[1] if c.shard else 1)
+    check_window(c, shape.config)
+    check_disk(c, out, shape.num_parameters())
     policy = load_policy(checkpoint / "policy" if checkpoint else folder, vocab_size, device, dtype)
-    check_size(c, out, policy)
     rollout.use_pages(policy)
     ref_policy = load_policy(folder, vocab_size, device, dtype, weights=dtype) if c.kl_coef > 0 else None
     if c.gradient_checkpointing:
         policy.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     if c.shard:
         policy.shard()
+    group = rollout.group_bytes(shape.config, c.max_prompt + c.max_response, c.max_response, c.group_size,
+                                policy.dtype)
+    rollout.slots(*group, c.group_size, rollout_memory(c, policy))
     state = load_state(checkpoint, task) if checkpoint else State()
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
@@ -756,6 +768,9 @@ def split_problems(c: Config, folder: Path) -> tuple[list[Problem], list[Problem
     held_out = load(c.eval_data, "--eval-data", "test.jsonl", "")
     if held_out:
         return problems, held_out[:c.eval_problems or None]
+    if not c.eval_problems:
+        raise ValueError("--eval-problems 0: these are all of --eval-data, which is not given; give it, or a "
+                         "number of problems to hold out of --data")
     count = min(c.eval_problems, len(problems) // 2)
     held_out = {p.id: p for p in problems_of(problems, c.seed, range(count))}
     return [p for p in problems if p.id not in held_out], list(held_out.values())
@@ -781,9 +796,9 @@ def make_task(c: Config, problems: list[Problem], held_out: list[Problem], folde
     return Task(problems, held_out, prompts, solutions, tokenizer)
 
 
-def check_size(c: Config, out: Path, policy: Policy) -> None:
-    """Raises ValueError where checkpoints, the model's window or --rollout-memory are too small."""
-    size = 12 * policy.model.num_parameters() + 2**22  # policy and Adam's states; and the cache, the logs
+def check_disk(c: Config, out: Path, parameters: int) -> None:
+    """Raises ValueError where there is no room for the checkpoints."""
+    size = 12 * parameters + 2**22  # policy and Adam's states; and the cache, the logs
     need = (c.keep_checkpoints + 1) * size  # an old one goes when the new one is complete
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free + sum(
@@ -792,20 +807,24 @@ def check_size(c: Config, out: Path, policy: Policy) -> None:
         raise ValueError(f"--out {out}: not enough disk for checkpoints, {need / 2**20:.0f} MiB are needed "
                          f"and {free / 2**20:.0f} MiB are free; make room or give another folder")
     tqdm.write(f"checkpoints: {size / 2**20:.0f} MiB each, {c.keep_checkpoints} kept (--keep-checkpoints)")
-    longest, config = c.max_prompt + c.max_response, policy.model.config
+
+
+def check_window(c: Config, config: PreTrainedConfig) -> None:
+    """Raises ValueError where the model's window is too small for the longest prompt and response."""
+    longest = c.max_prompt + c.max_response
     window = getattr(config, "max_position_embeddings", None) or longest
     if longest > window:
         raise ValueError(f"--max-prompt {c.max_prompt} and --max-response {c.max_response}: together more "
                          f"than the {window} positions of {c.model}; lower one of them")
-    group = rollout.group_bytes(config, longest, c.max_response, c.group_size, policy.dtype)
-    rollout.slots(*group, c.group_size, c.rollout_memory or rollout.default_memory(
-        policy.device, reserved_bytes(c, policy)))
 
 
-def reserved_bytes(c: Config, policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> float:
-    """What the rollout leaves free on a GPU: optimiser states to come, and a bfloat16 copy of the weights."""
+def rollout_memory(c: Config, policy: Policy, optimizer: torch.optim.Optimizer | None = None) -> float:
+    """GiB for keys and values. On a GPU, what optimiser states to come and autocast's bfloat16 copy of the
+    weights will take is left free; a sharded policy has its copy already."""
     states = 0 if optimizer and optimizer.state else OPTIMIZER_BYTES[c.optimizer]
-    return (states + 2) * policy.model.num_parameters()
+    reserved = states / ranks()[1] if policy.copies else states + 2
+    return c.rollout_memory or rollout.default_memory(
+        policy.device, reserved * policy.model.num_parameters())
 
 
 def dtype_of(c: Config, device: str) -> torch.dtype:
@@ -817,14 +836,15 @@ def check_fits(c: Config, parameters: int, total: float, shards: int) -> None:
     """Raises ValueError where weights, gradients and optimiser states alone are too large for the device.
     total: its bytes. shards: how many devices they are spread over."""
     need = {name: (8 + states) * parameters / shards for name, states in OPTIMIZER_BYTES.items()}
-    if need[c.optimizer] > total:
+    if max(need[c.optimizer], 4 * parameters) > total:  # each device loads the whole model first
         less = f"--optimizer adamw8bit ({need['adamw8bit'] / 1e9:.1f} GB), "
-        less *= c.optimizer != "adamw8bit" and need["adamw8bit"] <= total
-        devices = math.ceil(shards * need[c.optimizer] / total)
+        less *= shards == 1 and c.optimizer != "adamw8bit" and need["adamw8bit"] <= total
+        devices = math.ceil(shards * need["adamw"] / total)
+        less += f"--shard with {devices} devices or more, or " * (4 * parameters <= total)
         raise ValueError(
             f"--model {c.model}: weights, gradients and optimiser states take {need[c.optimizer] / 1e9:.1f} "
-            f"GB, this device has {total / 1e9:.1f}: give {less}--shard with {devices} devices or more, or a "
-            "smaller model; --dry-run prints what a run needs")
+            f"GB, the weights alone while they are loaded {4 * parameters / 1e9:.1f}, this device has "
+            f"{total / 1e9:.1f}: give {less}a smaller model; --dry-run prints what a run needs")
 
 
 def make_optimizer(policy: Policy, c: Config, checkpoint: Path | None) -> torch.optim.Optimizer:
@@ -889,6 +909,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     os.truncate(out / name, state.log_bytes.get(name, 0))
     except (ValueError, OSError) as error:
         return fail("train.py", 2, error)
+    except torch.OutOfMemoryError as error:
+        return fail("train.py", 1, f"out of memory while the model is loaded; is the device in use? {error}")
     tqdm.write(f"{config.model}: {policy.model.num_parameters() / 1e6:.1f} M parameters on {policy.device}, "
                f"{policy.dtype}; {len(task.problems)} problems, {len(task.held_out)} held out; run folder "
                f"{out}" + (f", resumes after step {state.step}" if state.step else ""))

@@ -17,7 +17,7 @@ import cache
 import data
 import rollout
 from policy import LOGITS_PER_CHUNK, device_bytes, device_of, head_shape, load_shape, ranks
-from train import OPTIMIZER_BYTES, Config, dtype_of, peak_rss
+from train import OPTIMIZER_BYTES, Config, check_window, dtype_of, peak_rss
 
 
 FRAGMENTS = 0.1  # of the memory of a process on a CPU, measured; 13 steps of SmolLM2-135M had 0.2
@@ -37,6 +37,10 @@ def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
     held = {"weights": 4 * n / shards, "optimiser states": OPTIMIZER_BYTES[c.optimizer] * n / shards,
             "initial policy": size * n * (c.kl_coef > 0), "process": 5e8 if device == "cuda" else peak_rss()}
     copies = 2 * n if device == "cuda" else 4 * sum(x for x in matrices if x >= 2**18) * (size == 4)
+    if shards > 1:  # Policy.whole, in which embeddings and head are float32; it stays
+        ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(),
+                                                         model.get_output_embeddings())}
+        held["whole weights for decoding"], copies = 2 * n + 2 * sum(ends.values()), 0
     left = 0.8 * (total - sum(held.values()) - copies) if device == "cuda" else total / 4
     group, first = (sum(rollout.group_bytes(config, *lens, dtype)) for lens in (
         (longest, c.max_response, c.group_size), (c.max_prompt, c.max_response, 1)))
@@ -62,19 +66,24 @@ def memory_plan(c: Config, model: PreTrainedModel, device: str, total: float,
 
 def what_fits(c: Config, model: PreTrainedModel, device: str, total: float, shards: int = 1) -> str:
     """Does the plan fit, or with which options would it?"""
+    optimizers = dict.fromkeys((c.optimizer, "adamw8bit" if shards == 1 else c.optimizer))
     choices = [replace(c, optimizer=name, tokens_per_forward=c.tokens_per_forward // 2**i)
-               for name in dict.fromkeys((c.optimizer, "adamw8bit")) for i in range(5)]
+               for name in optimizers for i in range(5)]
+    loading = 6 * model.num_parameters()  # by each device, while decoding is checked; sharded only then
     for other in choices:
-        if max(sum(x.values()) for x in memory_plan(other, model, device, total, shards)) <= 0.97 * total:
+        plans = memory_plan(other, model, device, total, shards)
+        if max(loading, *(sum(x.values()) for x in plans)) <= 0.97 * total:
             return "fits" if other is choices[0] else \
                 f"fits with --optimizer {other.optimizer} --tokens-per-forward {other.tokens_per_forward}"
-    return "does not fit: take a smaller model"
+    return "does not fit: take a smaller model, --max-response or --group-size, or more GPUs with --shard"
 
 
 def report(c: Config) -> str:
     """What the run needs, as a table, and whether it fits. Raises ValueError or OSError without a model."""
-    model, device = load_shape(data.find_model(c.model, weights=False)), device_of(c.device)
-    kind, total = ("cuda", c.dry_run * 1e9) if c.dry_run else (device.type, device_bytes(device))
+    model = load_shape(data.find_model(c.model, weights=False))
+    check_window(c, model.config)
+    device = torch.device("cuda") if c.dry_run else device_of(c.device)
+    kind, total = device.type, c.dry_run * 1e9 or device_bytes(device)
     cards = ranks()[1] if c.shard else 1
     plans = memory_plan(c, model, kind, total, cards)
     names = [name for name, size in (plans[0] | plans[1]).items() if size]
@@ -85,7 +94,7 @@ def report(c: Config) -> str:
     return "\n".join([
         f"{c.model} on {cards} {kind} of {total / 1e9:.1f} GB: {what_fits(c, model, kind, total, cards)}", "",
         "| GB | rollout | update |", "|---|---|---|",
-        *(f"| {name} | " + " | ".join(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans) + " |"
-          for name in (*names, "**peak**")), "",
+        *("| " + " | ".join([name, *(f"{plan[name] / 1e9:.2f}" if name in plan else "" for plan in plans)])
+          + " |" for name in (*names, "**peak**")), "",
         f"tokens sampled in a round: about {rows * suffix:,.0f} where suffixes are as long as what was cut "
         f"off, at most {rows * c.max_response:,}"])
