@@ -4,6 +4,7 @@ Sizes: G suffixes of one context, P context tokens (prompt + cached prefix), S s
 V vocabulary, R rows (responses) of a batch."""
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -630,6 +631,7 @@ def join_ranks() -> None:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=7))  # long; _watch sees those that have died
+    atexit.register(dist.destroy_process_group)  # its threads must end before Python does
     if dist.get_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")
     pids = {rank: pid for rank, (machine, pid) in
