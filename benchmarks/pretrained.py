@@ -1,14 +1,16 @@
 """A pretrained model: full paths and RPO for the same number of minutes, on chain sums made here.
 
-    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60]     # 90 minutes on two cores
+    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60] [--seed 0]
 
 The model first learns from a few hundred worked sums how to write one down. From this policy every run of
 WAYS goes on, two at a time and on one core each, until it has trained for --minutes. Runs are in --folder; a
-killed call goes on with the same command. Needs up to 70 GB of disk. Writes docs/pretrained.md.
+killed call goes on with the same command. Takes 90 minutes on two cores and up to 70 GB of disk. Writes
+docs/pretrained.md.
 """
 import json
 import random
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,7 +94,17 @@ def measure(policy: Path, folder: Path, name: str) -> dict:
     out = folder / f"eval-{name}"
     figures = evaluate(policy, folder / "test.jsonl", out, *COMMON)
     right = [r["responses"][0] for r in read_lines(out / "responses-test.jsonl")[1:] if r["correct"][0]]
-    return figures | {"lucky": f"{sum(not is_sound(text) for text in right)} of {len(right)}"}
+    paths = policy.parent / "cache.jsonl"  # empty, or none, where no path is continued
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    cached = [tokenizer.decode(r["response_ids"])
+              for r in (read_lines(paths)[1:] if paths.exists() else []) if r["correct"]]
+    return figures | {"lucky": lucky(right), "cached": lucky(cached)}
+
+
+def lucky(right: Iterable[str]) -> str:
+    """How many of these right responses have a wrong sum in them."""
+    sound = [is_sound(text) for text in right]
+    return f"{len(sound) - sum(sound)} of {len(sound)}" if sound else ""
 
 
 def is_sound(response: str) -> bool:
@@ -101,11 +113,11 @@ def is_sound(response: str) -> bool:
     return all(int(a) + int(sign + b) == int(c) for a, sign, b, c in sums)
 
 
-def run(model: Path, folder: Path, way: str, minutes: float) -> list[tuple[dict, dict]]:
+def run(model: Path, folder: Path, way: str, minutes: float, seed: int) -> list[tuple[dict, dict]]:
     """Train on one core for so long; (figures, metrics) of the checkpoints nearest to POINTS."""
-    out = run_folder(way, 0, folder)
+    out = run_folder(way, seed, folder)
     train_until(out, 60 * minutes, "--model", model, "--data", folder / "train.jsonl", *COMMON, *TRAINING,
-                *WAYS[way])
+                *WAYS[way], "--seed", seed)
     points = []
     for policy, metrics in checkpoints_at(out, [60 * minutes * x for x in POINTS]):
         figures = measure(policy, folder, f"{out.name}-{metrics['step']}")
@@ -116,10 +128,11 @@ def run(model: Path, folder: Path, way: str, minutes: float) -> list[tuple[dict,
 
 def cells(way: str, figures: dict) -> list[str]:
     return [way, "{avg:.3f} ({avg_low:.3f}-{avg_high:.3f})".format(**figures), figures["lucky"],
-            f"{figures['length']:.0f}"]
+            figures["cached"], f"{figures['length']:.0f}"]
 
 
-def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[dict, dict]]]) -> str:
+def write(model: str, minutes: float, seed: int, before: dict,
+          after: dict[str, list[tuple[dict, dict]]]) -> str:
     """docs/pretrained.md. after: by way, (figures, metrics) of its points."""
     lines = [row(*cells("before", before), "", "", "")]
     lines += [row(*cells(way, figures), metrics["step"], f"{metrics['tokens/generated']:,}",
@@ -132,12 +145,13 @@ def write(model: str, minutes: float, before: dict, after: dict[str, list[tuple[
         low, high = interval(gaps)
         lines.append(f"\n{way} against {base}, at the end: {sum(gaps) / len(gaps):+.1f} points "
                      f"({low:+.1f} to {high:+.1f}, paired by problem).")
+    table = [head("policy", "pass@1", "right answers with a wrong sum in them",
+                  "right paths in the cache with one", "mean length", "steps", "tokens generated", "minutes")]
     text = (f"# Chain sums with {Path(model).name}\n\nWritten by `python benchmarks/pretrained.py --minutes "
-            f"{minutes:g}` ({machine()}, one core a run): sums of {TERMS} numbers, a cold start on "
-            f"{EXAMPLES} worked ones, {VISITED} problems to train on, {TEST} held out; greedy pass@1 with "
-            "95 % intervals by bootstrap over the problems.\n\n"
-            + head("policy", "pass@1", "right answers with a wrong sum in them", "mean length", "steps",
-                   "tokens generated", "minutes") + "\n" + "\n".join(lines) + "\n")
+            f"{minutes:g} --seed {seed}` ({machine()}, one core a run): sums of {TERMS} numbers, a cold "
+            f"start on {EXAMPLES} worked ones, {VISITED} problems to train on, {TEST} held out; greedy "
+            "pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
+            + "\n".join(table + lines) + "\n")
     write_page(DOCS / "pretrained.md", text)
     return text
 
@@ -146,6 +160,7 @@ def main() -> None:
     command = parser(__doc__)
     command.add_argument("--model", default="SmolLM2-135M-Instruct")
     command.add_argument("--minutes", type=float, default=60)
+    command.add_argument("--seed", type=int, default=0, help="of the runs; the cold start is the same")
     command.add_argument("--folder", type=Path, default=ROOT / "runs" / "pretrained")
     args = command.parse_args()
     folder = args.folder.absolute()
@@ -156,8 +171,8 @@ def main() -> None:
     print(f"before: pass@1 {before['avg']:.3f}", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
-        after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args.minutes), WAYS)))
-    print(write(args.model, args.minutes, before, after))
+        after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args.minutes, args.seed), WAYS)))
+    print(write(args.model, args.minutes, args.seed, before, after))
 
 
 if __name__ == "__main__":
