@@ -320,7 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets, device = load_problems(args), device_of("auto")
         folder = data.find_model(args.model)
         tokenizer = data.load_tokenizer(folder)
-        protocol = protocol_of(args, folder, tokenizer, sets)
+        with agreed(ValueError, OSError):  # by one rank, which reads all weights
+            protocol = {0: protocol_of(args, folder, tokenizer, sets)} if ranks()[0] == 0 else {}
+        protocol = gather(protocol)[0]
         out = Path(args.out or f"runs/eval-{folder.name}-{fingerprint(protocol)[:6]}")
         out.mkdir(parents=True, exist_ok=True)
         with agreed(ValueError, OSError):
@@ -342,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail("eval.py", 2, error)
     except torch.OutOfMemoryError as error:
+        sys.stderr = sys.__stderr__ if ranks()[0] else sys.stderr  # whichever rank it is
         return fail("eval.py", 1, "out of memory: is the device in use, or too small to load the weights in "
                                   f"float32? If not, lower --memory ({error})")
     if ranks()[0] == 0:

@@ -2057,6 +2057,15 @@ def test_out_of_memory_at_the_end_is_one_sentence(tmp_path, capsys):
     assert "--tokens-per-forward" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("module, arguments", [
+    (train, [*QUICK]), (evaluation, ["--model", str(TINY), "--data", str(TINY / "test.jsonl")])])
+def test_out_of_memory_at_load_is_one_sentence(module, arguments, tmp_path, capsys, monkeypatch):
+    """A card that is in use by others: a traceback before."""
+    monkeypatch.setattr(module, "load_policy", lambda *_, **__: out_of_memory())
+    assert module.main([*arguments, "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("error: out of memory") == 1
+
+
 def run_of_one_verdict(out: Path, verdict: bool | Callable[[int], list[bool]], *options: str) -> list[dict]:
     """A run whose responses are all called right, or all wrong, or what a function of their number says."""
     class Always(Checker):

@@ -910,6 +910,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail("train.py", 2, error)
     except torch.OutOfMemoryError as error:
+        sys.stderr = sys.__stderr__ if ranks()[0] else sys.stderr  # whichever rank it is
         return fail("train.py", 1, f"out of memory while the model is loaded; is the device in use? {error}")
     tqdm.write(f"{config.model}: {policy.model.num_parameters() / 1e6:.1f} M parameters on {policy.device}, "
                f"{policy.dtype}; {len(task.problems)} problems, {len(task.held_out)} held out; run folder "
