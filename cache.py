@@ -14,8 +14,7 @@ import numpy as np
 @dataclass(frozen=True)
 class Entry:
     """The cached path of one problem."""
-    response_ids: list[int]  # whole, EOS included when it finished: never decoded and re-encoded; empty: the
-    #                          next visit starts from the bare prompt
+    response_ids: list[int]  # whole, EOS included when it finished: never decoded and re-encoded
     reward: float
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
@@ -67,7 +66,16 @@ def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmax(branch))]
 
 
-WEAK = 0.2  # pass rate from bare prompts below which no path is continued. [RPO-9]
+GOOD, WEAK = 0.5, 0.2  # pass rates from bare prompts. [RPO-9]
+NO_PATH = Entry([], 0.0, False, 0, 0)  # of a problem whose next visit starts from the bare prompt
+
+
+def is_trusted(trusted: bool, pass_rate: float) -> bool:
+    """Are paths continued? Not before the policy is right as often as it is wrong, nor below a fifth. [RPO-9]
+    Until then a step is that of plain GRPO / DAPO: of a weak policy's correct paths, too many are so by two
+    mistakes, and it would learn more of them. The rate falls afterwards, because then whole responses go to
+    the problems that failed before."""
+    return pass_rate >= (WEAK if trusted else GOOD)
 
 
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:

@@ -1717,7 +1717,9 @@ def signals(step: int, count: int) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main([*QUICK, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "GOOD", 0.0)  # prefixes from the second step on
+        assert train.main([*QUICK, "--out", str(out)]) == 0
     return out
 
 
@@ -1763,7 +1765,7 @@ def test_every_metric_is_explained(finished):
 
 def test_token_counts_agree_with_the_responses(tmp_path):
     finished = tmp_path / "run"
-    metrics = run_with(finished, "--no-skip-certain", "--steps", "2")
+    metrics = run_with(finished, "--no-skip-certain", "--no-prefix-gate", "--steps", "2")
     summary = json.loads((finished / "summary.json").read_text())
     rows = [m["group/sampled"] * 4 for m in metrics]
     suffix = sum(n * m["response/suffix_length"] for n, m in zip(rows, metrics))
@@ -1897,7 +1899,7 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     _, (_, task, policy, _, _, rule, *_) = train.prepare(config)
     assert "1 of 4 problems have no worked solution" in capsys.readouterr().out
     how = rollout.Sampling((task.tokenizer.eos_token_id,), policy.vocab_size)
-    given, fresh = train.first_paths(config, 1, task.problems, task, policy, how, rule, 1.0, 1.0)
+    given, fresh = train.first_paths(config, 1, task.problems, task, policy, how, rule, 1.0)
     assert fresh.keys() == {task.problems[0].id}
     paths = given | fresh
     assert [paths[p.id].correct for p in task.problems[1:]] == [True, False, True]
@@ -1906,11 +1908,6 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
         assert paths[p.id].reward == paths[p.id].correct
         assert paths[p.id].shortest == len(paths[p.id].response_ids)
     assert len(paths[task.problems[0].id].response_ids) <= 60  # the only one that is sampled
-    # later, where the solution did not pay: a fresh path, as often as that would be right, else none
-    again, short = task._replace(solutions={}), replace(config, max_response=1)
-    count = sum(len(train.first_paths(short, step, task.problems, again, policy, how, rule, 1.0, 0.25)[1])
-                for step in range(1, 41))
-    assert abs(count - 40) < 3 * math.sqrt(160 * 0.25 * 0.75)
     bare = write(tmp_path / "bare.jsonl", *({k: p[k] for k in ("problem", "answer")} for p in problems))
     message = expect_error(capsys, tmp_path / "no", "--data", bare, "--cache-init", "solutions")
     assert "--cache-init" in message and not (tmp_path / "no").exists()
@@ -1918,13 +1915,18 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
 
 def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
     """No response is right, so no prefix pays; without the rule the best wrong response is kept."""
-    problems = [{**p, "answer": "1/31337", "solution": "So it is \\boxed{7}, I think, or something like that"}
-                for p in lines_of(TINY / "train.jsonl")[:4]]
+    problems = [{**p, "answer": "1/31337", "solution": f"So it is \\boxed{{{i}}}, I think, or so it seems"}
+                for i, p in enumerate(lines_of(TINY / "train.jsonl")[:60])]
     options = ["--data", write(tmp_path / "p.jsonl", *problems), "--cache-init", "solutions", "--steps", "1",
-               "--dynamic-rounds", "1", "--max-response", "60", "--problems-per-step", "4"]
-    for name, rule, left in (("on", "--prefix-gate", 0), ("off", "--no-prefix-gate", 4)):
-        run_with(tmp_path / name, *options, rule)
-        assert len(lines_of(tmp_path / name / "cache.jsonl")[1:]) == left
+               "--dynamic-rounds", "1", "--max-response", "60", "--problems-per-step", "60", "--group-size",
+               "2", "--cache-init-chunk", "60"]
+    for name, rule in (("on", "--prefix-gate"), ("off", "--no-prefix-gate")):
+        (metrics,) = run_with(tmp_path / name, *options, rule)
+        paths = [bool(r["response_ids"]) for r in lines_of(tmp_path / name / "cache.jsonl")[1:]]
+        assert sum(paths) == (60 if name == "off" else metrics["visits/whole"])  # cut before their first token
+        if name == "on":  # half of the others, the pass rate at first, get a fresh path at their next visit
+            count = metrics["visits/prefix"]
+            assert abs(paths.count(False) - count / 2) < 1.5 * math.sqrt(count) < count / 2
 
 
 def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path):
@@ -1936,12 +1938,12 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
     groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
               group("d", [5], True, False), group("e", [], False, True)]
     config = train.parse_config([*QUICK, "--problems-per-step", "4"])
-    state = train.State(paths={"a": entry(9, 9)})
+    state = train.State(trusted=True)
     assert train.found(config, state, groups) == ["a", "e"]
     assert train.found(replace(config, problems_per_step=3), state, groups) == ["a"]  # half of a step at most
     for other in (replace(config, prefix_gate=False), replace(config, rollout="full")):
         assert train.found(other, state, groups) == []
-    assert train.found(config, replace(state, pass_rate=0.1), groups) == []  # all are whole again
+    assert train.found(config, replace(state, trusted=False), groups) == []  # all are whole again
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
     plain = [p.id for p in train.problems_of(problems, 0, range(5))]
     left = next(p.id for p in problems if p.id not in plain)
@@ -1979,21 +1981,29 @@ def test_a_step_visits_no_problem_twice(tmp_path):
     assert metrics["group/sampled"] == 2 and metrics["group/missing"] == 2
 
 
-def test_a_weak_policy_gets_whole_responses_only(tmp_path):
-    """Right answers by luck got into the cache: SmolLM2 went from 33 % to 8 % on sums in its second epoch."""
-    config = train.parse_config([*QUICK])
-    some = {"a": entry(9, 9)}
-    for rate, paths, chance in ((0.1, {}, 1.0), (0.1, some, 0.0), (0.19, some, 0.0), (0.3, some, 0.3)):
-        assert train.trust(config, train.State(pass_rate=rate, paths=paths)) == chance
-        assert train.trust(replace(config, prefix_gate=False), train.State(pass_rate=rate, paths=paths)) == 1
-    # 20 of 24 problems cannot be solved: some first paths are right, but no visit continues or skips one
+def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
+    """Right answers by luck got into the cache: SmolLM2 went from 33 % to 8 % on sums. Of 24 problems, 20
+    cannot be solved: the metrics and the policy are those of full paths, to the bit."""
     problems = lines_of(TINY / "train.jsonl")[:24]
     problems = [p if i < 4 else {**p, "answer": "1/31337"} for i, p in enumerate(problems)]
-    (metrics,) = run_with(tmp_path / "run", "--data", write(tmp_path / "p.jsonl", *problems), "--steps", "1",
-                          "--dynamic-rounds", "1", "--problems-per-step", "24", "--group-size", "2",
-                          "--cache-init-chunk", "24")
-    assert metrics["cache/correct"] > 0
-    assert [metrics[f"visits/{kind}"] for kind in ("whole", "prefix", "skipped")] == [24, 0, 0]
+    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--steps", "2", "--problems-per-step", "12",
+               "--group-size", "2", "--length-reward", "0", "--lr", "1e-4"]
+    full, weak = (run_with(tmp_path / kind, *options, "--rollout", kind) for kind in ("full", "rpo"))
+    assert full[0]["group/trained"] > 0 and same_weights(tmp_path / "full/policy", tmp_path / "rpo/policy")
+    for ours, theirs in zip(weak, full):
+        assert {n: v for n, v in ours.items() if n in theirs and not n.startswith(TIMINGS)} == {
+            n: v for n, v in theirs.items() if not n.startswith(TIMINGS)}
+    monkeypatch.setattr(cache, "GOOD", 0.3)  # 0.5 at first: the first step is whole in any case, then 0.37
+    first, second = run_with(tmp_path / "good", *options)
+    assert first["visits/whole"] == 24 and second["visits/prefix"] > 0
+    rates = ((False, 0.49, False), (False, 0.5, True), (True, 0.2, True), (True, 0.19, False))
+    monkeypatch.undo()
+    assert [cache.is_trusted(before, rate) for before, rate, _ in rates] == [after for *_, after in rates]
+    config = train.parse_config(QUICK)
+    for rollout_, gate, trusted, goes_on in (("rpo", True, False, False), ("rpo", True, True, True),
+                                             ("rpo", False, False, True), ("full", False, True, False)):
+        config = replace(config, rollout=rollout_, prefix_gate=gate)
+        assert train.continues(config, train.State(trusted=trusted)) == goes_on
 
 
 def test_problems_are_drawn_by_the_seed():
@@ -2024,8 +2034,9 @@ def test_the_cache_holds_responses_of_its_problem_with_their_end(finished):
         assert len(record["response_ids"]) == 420 or text.endswith("<|im_end|>")
         answer = problems[record["id"]].answer
         assert record["correct"] == is_correct(text.removesuffix("<|im_end|>"), answer)
-    sample = lines_of(finished / "samples.jsonl")[0]
-    assert sample["prompt"].endswith("<|im_start|>assistant\n") and sample["prefix"] and sample["suffix"]
+    samples = lines_of(finished / "samples.jsonl")
+    assert any(sample["prefix"] for sample in samples)
+    assert all(s["prompt"].endswith("<|im_start|>assistant\n") and s["suffix"] for s in samples)
 
 
 def test_another_seed_gives_another_order_and_other_responses(tmp_path):
@@ -2701,8 +2712,9 @@ MODES = {"dapo": ["--algo", "dapo", "--dynamic-rounds", "3"],
 
 def test_two_processes_sharded_or_not_train_as_one(tmp_path):
     """Two updates of 2 and 1 groups, so that a process has nothing to do in the second."""
-    options = [*QUICK, *MODES["grpo"], *reward_file(tmp_path / "r.py", tmp_path / "none", RISING), "--steps",
-               "2", "--eval-every", "0", "--tokens-per-forward", "900"]
+    own = reward_file(tmp_path / "r.py", tmp_path / "none", RISING)
+    options = [*QUICK, *MODES["grpo"], *own, "--no-prefix-gate", "--steps", "2", "--eval-every", "0",
+               "--tokens-per-forward", "900"]
     assert train.main([*options, "--out", str(tmp_path / "one")]) == 0
     text = train_on(2, tmp_path / "two", plain=options, shard=[*options, "--shard"])
     assert text.count("problems, 0 held out") == 2  # only the first process prints
@@ -2711,11 +2723,13 @@ def test_two_processes_sharded_or_not_train_as_one(tmp_path):
 
 
 def six_steps(folder: Path) -> list[str]:
-    """Options of runs whose paths are all sampled in the first step."""
-    problems = write(folder / "problems.jsonl", *lines_of(TINY / "train.jsonl")[:12])
+    """Options of runs whose paths are all there in the first step, two of them from worked solutions."""
+    problems = lines_of(TINY / "train.jsonl")[:12]
+    problems[:2] = [{**p, "solution": f"So it is \\boxed{{{p['answer']}}}"} for p in problems[:2]]
+    problems = write(folder / "problems.jsonl", *problems)
     held_out = str(TINY / "test.jsonl")
     return [*QUICK, "--data", problems, "--eval-data", held_out, "--eval-problems", "3", "--eval-every", "6",
-            "--steps", "6", "--lr", "1e-4"]
+            "--steps", "6", "--lr", "1e-4", "--cache-init", "solutions"]
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ class State:
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
     pass_rate: float = 0.5  # from bare prompts: a running mean over first paths and groups without a prefix
+    trusted: bool = False  # paths are continued
     wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
     again: list[str] = field(default_factory=list)  # problems whose whole responses were partly right
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
@@ -218,22 +219,17 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             visited = range(state.visits, state.visits + count - len(again))
             problems = [p for p in problems_of(task.problems, c.seed, visited, again) if p.id not in seen]
             prefixes = [[] for _ in problems]  # of full paths
-            if c.rollout == "rpo":
-                # 1. paths: problems that need one get a path, a chunk of visits ahead
+            if continues(c, state):
+                # 1. paths: problems that have none get one, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
                     chunk = problems_ahead(c, task.problems, problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
-                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory,
-                                               trust(c, state))
-                    if not state.paths:  # the first chunk is sampled in any case: what it tells
-                        right = [path.correct for path in fresh.values()]
-                        state.pass_rate = state.wrong_pays = follow(0.5, right, 2)
+                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory)
                     state.paths |= given | fresh
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays) \
-                    if trust(c, state) else prefixes
+                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -263,12 +259,14 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         # 8. cache: one response of each group may replace the path
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
-            path = state.paths.pop(g.problem.id, cut[g.problem.id])  # given up where the prefix did not pay
+            path, rng = cut.get(g.problem.id, cache.NO_PATH), np.random.default_rng((c.seed, step, UPDATE, i))
             if g.pays:
-                state.paths[g.problem.id] = cache.update(
-                    path, g.responses, g.rewards, g.correct, step,
-                    np.random.default_rng((c.seed, step, UPDATE, i)), c.epsilon,
-                    keep_correct=c.prefix_gate and bool(g.prefix))
+                state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng,
+                                                         c.epsilon, c.prefix_gate and bool(g.prefix))
+            elif rng.random() < state.pass_rate:  # the path is given up, its problem gets a fresh one
+                del state.paths[g.problem.id]
+            else:  # a group from the bare prompt, which finds the rare right response
+                state.paths[g.problem.id] = cache.NO_PATH
         state = count_visits(state, sampled, first, cut)
         state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
@@ -321,31 +319,21 @@ def problems_ahead(c: Config, problems: Sequence[Problem], now: Sequence[Problem
     return [p for p in {p.id: p for p in ahead}.values() if p.id not in paths][:c.cache_init_chunk or None]
 
 
-def trust(c: Config, state: State) -> float:
-    """The chance that a path of this policy is right: 1 where that does not matter or is not known yet, 0 for
-    a policy that is so weak that it gets whole responses only, which is plain GRPO / DAPO. [RPO-9]"""
-    if not c.prefix_gate or not state.paths:
-        return 1.0
-    return state.pass_rate if state.pass_rate >= cache.WEAK else 0.0
+def continues(c: Config, state: State) -> bool:
+    """Are paths continued in this step? If not, all visits get whole responses."""
+    return c.rollout == "rpo" and (state.trusted or not c.prefix_gate)
 
 
 def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
-                how: rollout.Sampling, rule: rewards.RewardRule, memory: float,
-                pass_rate: float) -> tuple[Paths, Paths]:
-    """A path per problem (eq. 1), correct or not: its worked solution, or else, with chance pass_rate, one
-    that is sampled: those are the second part. The others have none, and their visits start from the bare
-    prompt. [RPO-8]"""
+                how: rollout.Sampling, rule: rewards.RewardRule, memory: float) -> tuple[Paths, Paths]:
+    """A path per problem (eq. 1), correct or not: worked solutions, and those that are sampled. [RPO-8]"""
     given = [p for p in problems if p.id in task.solutions]
     mine = share([1] * len(given))
     verdicts = rewards.grade([(given[i], given[i].solution) for i in mine], rule.checker)
     correct = gather(dict(zip(mine, verdicts)))
     paths = {p.id: cache.Entry(task.solutions[p.id], float(correct[i]), correct[i],
                                len(task.solutions[p.id]), step) for i, p in enumerate(given)}
-    left = [p for p in problems if p.id not in paths]
-    none = [p.id for p in left
-            if np.random.default_rng((c.seed, step, INIT, int(p.id, 16))).random() >= pass_rate]
-    paths |= {i: cache.Entry([], 0.0, False, 0, step) for i in none}
-    visits = [(p, task.prompts[p.id], []) for p in left if p.id not in paths]
+    visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in paths]
     requests = requests_of(visits, 1, c.max_response, (c.seed, step, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
     groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
@@ -481,7 +469,7 @@ def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths:
             "group/zero_std_fraction": mean(len(set(g.correct)) == 1 for g in sampled),
             "group/sampled": len(sampled), "group/trained": len(trained),
             "response/length": mean(len(r) for g in sampled for r in g.responses),
-            "response/cut_length": mean(len(cut[g.problem.id].response_ids) - len(g.prefix) if cut else 0
+            "response/cut_length": mean(len(cut[g.problem.id].response_ids) - len(g.prefix) if g.prefix else 0
                                         for g in sampled),
             "response/prefix_length": mean(len(g.prefix) for g in sampled),
             "response/suffix_length": mean(len(s) for g in sampled for s in g.suffixes),
@@ -495,8 +483,7 @@ def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
     A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
     They are half of a step at most."""
     both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
-    goes_on = c.rollout == "rpo" and c.prefix_gate and trust(c, state)
-    return both[:c.problems_per_step // 2] if goes_on else []
+    return both[:c.problems_per_step // 2] if c.prefix_gate and continues(c, state) else []
 
 
 def follow(share: float, seen: Sequence[bool], memory: int) -> float:
@@ -514,7 +501,8 @@ def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cu
     kinds = {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
     fresh = [path.correct for path in first] + [ok for g in groups if not g.prefix for ok in g.correct]
     paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
-    return replace(state, kinds=kinds, pass_rate=follow(state.pass_rate, fresh, 100),
+    pass_rate = follow(state.pass_rate, fresh, 100)
+    return replace(state, kinds=kinds, pass_rate=pass_rate, trusted=cache.is_trusted(state.trusted, pass_rate),
                    wrong_pays=follow(state.wrong_pays, paid, 20))
 
 
@@ -752,7 +740,7 @@ def prepare(c: Config) -> tuple[object, tuple]:
     group = rollout.group_bytes(shape.config, c.max_prompt + c.max_response, c.max_response, c.group_size,
                                 policy.dtype)
     rollout.slots(*group, c.group_size, rollout_memory(c, policy))
-    state = load_state(checkpoint, task) if checkpoint else State()
+    state = load_state(checkpoint, task) if checkpoint else State(trusted=bool(task.solutions))
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
 
