@@ -15,7 +15,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] the cut is where the policy may branch off                       cache.py:branch_probabilities
 # [RPO-7] a visit that would repeat the path is skipped                    cache.py:is_skipped
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-9] a prefix must pay, else its path is given up                     cache.py:pays, goes_on, cut_wrong
+# [RPO-9] no prefix of a weak policy; it must pay, else its path goes      cache.py:is_trusted, pays, cut_wrong
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
 from __future__ import annotations
 
@@ -268,6 +268,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             else:  # a group from the bare prompt, which finds the rare right response
                 state.paths[g.problem.id] = cache.NO_PATH
         state = count_visits(state, sampled, first, cut)
+        if state.trusted != before.trusted and c.rollout == "rpo" and c.prefix_gate:
+            tqdm.write(f"step {step}: {state.pass_rate:.0%} of the responses from bare prompts are right: steps "
+                       f"{'continue cached paths' if state.trusted else 'are of full paths'} from now on")
         state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
