@@ -693,8 +693,3 @@ class Checker:
             verdicts = [_verdict(extract_answer(response), gold) for response, gold in pairs]
             self.refused += verdicts.count("refused")
         return [verdict == "correct" for verdict in verdicts]
-
-    def take_counts(self) -> dict[str, float]:
-        """The counts since the last call, by the names of their metrics."""
-        refused, self.refused = self.refused, 0
-        return {"reward/refused": refused}

@@ -19,6 +19,7 @@ class Entry:
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
     step: int  # when the path was written
+    repeat: float = 0.0  # probability of the policy that last read it to repeat its last L tokens
 
 
 def parse_max_cut(text: str) -> int | float:
@@ -46,9 +47,9 @@ def branch_probabilities(logprobs: Sequence[float]) -> np.ndarray:
     return -np.expm1(logprobs)
 
 
-def is_skipped(branch: np.ndarray, rng: np.random.Generator) -> bool:
-    """True with the policy's probability of taking no branch, which repeats the path. [RPO-7]"""
-    return rng.random() < np.prod(1 - branch)
+def repeat_probability(branch: np.ndarray) -> float:
+    """The policy's probability of taking no branch, with which a visit is skipped. [RPO-7]"""
+    return round(float(np.prod(1 - branch)), 3)  # short in the cache's file, and alike on any number of ranks
 
 
 def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int]:

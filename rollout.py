@@ -501,16 +501,16 @@ def _generate(decoder: Decoder, requests: dict[int, Request], how: Sampling, lab
     results = {i: [Suffix() for _ in r.seeds] for i, r in requests.items()}
     # longest budgets first, so that the end is not one row; contexts of similar length share their padding
     order = sorted(requests, key=lambda i: (-requests[i].budget, -len(requests[i].context)))
-    waiting = deque((i, seed, x) for i in order for seed, x in zip(requests[i].seeds, results[i]))
-    active: list[tuple[int, tuple[int, ...], Suffix]] = []  # (request, seed, suffix so far) per decoder row
-    uniforms: list[np.ndarray] = []
+    waiting = deque((i, np.random.default_rng(seed).random(requests[i].budget + decoder.look, np.float32), x)
+                    for i in order for seed, x in zip(requests[i].seeds, results[i]))
+    active: list[tuple[int, np.ndarray, Suffix]] = []  # (request, its numbers, suffix so far) per decoder row
     first_logits: dict[int, torch.Tensor] = {}  # of the contexts in the decoder
     rows_left = {i: len(r.seeds) for i, r in requests.items()}
     bar = tqdm(total=len(waiting), desc=label, unit="row", leave=False, delay=5)
 
     def draws(rows: slice, steps: int) -> torch.Tensor:
         """Uniform numbers (steps, rows) for the next tokens of these rows."""
-        numbers = [u[len(x.ids):len(x.ids) + steps] for u, (_, _, x) in zip(uniforms[rows], active[rows])]
+        numbers = [u[len(x.ids):len(x.ids) + steps] for _, u, x in active[rows]]
         return torch.from_numpy(np.array(numbers)).T.to(decoder.device)
 
     def record(rows: slice, drawn: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -526,9 +526,7 @@ def _generate(decoder: Decoder, requests: dict[int, Request], how: Sampling, lab
     while waiting or active:
         new_rows = slice(len(active), None)
         while waiting and decoder.enter(waiting[0][0], requests[waiting[0][0]].context):
-            i, seed, _ = waiting[0]
             active.append(waiting.popleft())
-            uniforms.append(np.random.default_rng(seed).random(requests[i].budget + decoder.look, np.float32))
         if new := {i: requests[i].context for i in decoder.names if i not in first_logits}:
             first_logits |= zip(new, decoder.prefill(new))
         if active[new_rows]:
@@ -544,12 +542,11 @@ def _generate(decoder: Decoder, requests: dict[int, Request], how: Sampling, lab
         if done:
             alive = [x for x, tokens in zip(active, left) if tokens] + list(waiting)[:1]
             stay = decoder.drop(done, {i for i, _, _ in alive})
-            active, uniforms = ([x[i] for i in stay] for x in (active, uniforms))
+            active = [active[i] for i in stay]
             bar.update(len(done))
         steps = min(decoder.look, max(left))
         while active and not decoder.start(steps):  # the last row makes room and begins anew later
             waiting.appendleft(active.pop())
-            uniforms.pop()
             waiting[0][2].ids.clear()
             waiting[0][2].logprobs.clear()
             decoder.drop({len(active)}, {i for i, _, _ in [*active, waiting[0]]})

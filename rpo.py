@@ -58,11 +58,6 @@ def group_advantages(rewards: Sequence[float], kind: str = "std") -> list[float]
     return (centred * scale).tolist()
 
 
-def step_advantages(groups: Sequence[Group], objective: Objective) -> list[list[float]]:
-    """Advantages of all groups of a step, one list a group."""
-    return [group_advantages(group.rewards, objective.advantage) for group in groups]
-
-
 def loss_denominator(groups: Sequence[Group], aggregation: str) -> int:
     """What the summed loss of one optimiser update is divided by, fixed before it is split.
     token: the number of its suffix tokens (DAPO). response: of its responses, each counted by the mean over

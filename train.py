@@ -13,9 +13,9 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-4] one response of the group replaces the path                      cache.py:choose
 # [RPO-5] correct responses shorter than their group's mean earn more      rewards.py:length_rewards
 # [RPO-6] the cut is where the policy may branch off                       cache.py:branch_probabilities
-# [RPO-7] a visit that would repeat the path is skipped                    cache.py:is_skipped
+# [RPO-7] a visit that would repeat the path is skipped                    cache.py:repeat_probability
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-9] no prefix of a weak policy; it must pay, else its path goes      cache.py:is_trusted, pays, cut_wrong
+# [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:is_trusted, pays
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ import threading
 import time
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -47,12 +47,12 @@ from torch.distributed.tensor import distribute_tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, logging
 
-import answers
 import cache
 import data
 import rewards
 import rollout
 import rpo
+from answers import Checker
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
 from policy import (Policy, Tree, agreed, device_bytes, device_of, gather, join_ranks, load_policy,
@@ -169,14 +169,6 @@ class State:
         return sum(tokens for _, tokens in self.kinds.values())
 
 
-class Checker(answers.Checker):
-    """One of these on every rank, whose counts are those of all."""
-
-    def take_counts(self) -> dict[str, float]:
-        parts = gather({ranks()[0]: super().take_counts()}).values()
-        return {name: sum(part[name] for part in parts) for name in super().take_counts()}
-
-
 class Task(NamedTuple):
     """What the policy is trained on."""
     problems: list[Problem]
@@ -199,8 +191,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
           stop: threading.Event) -> State | None:
     """Suffix rollout and policy-gradient update in turn; the last state, or None if `stop` ended it.
     Changes the policy; writes to the folder `out`. Raises FloatingPointError, RewardFileError, OSError."""
-    objective = replace(rpo.ALGORITHMS[c.algo], dynamic_rounds=c.dynamic_rounds, kl_coef=c.kl_coef,
-                        overlong_penalty=c.overlong_penalty)
+    objective = replace(rpo.ALGORITHMS[c.algo], dynamic_rounds=c.dynamic_rounds, kl_coef=c.kl_coef)
     dynamic, start, warned = objective.dynamic_rounds > 1, time.perf_counter() - state.seconds, frozenset()
     eos = data.eos_ids(task.tokenizer, policy.model.generation_config.eos_token_id)
     how = rollout.Sampling(eos, policy.vocab_size, c.temperature)
@@ -210,8 +201,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                total=c.steps)
     for step in bar:
         clock, sampled, trained, first, seen, again = [time.perf_counter()], [], [], [], set(), state.again
-        before = replace(state, paths=dict(state.paths), kinds=dict(state.kinds), skipped_in_a_row=0)
-        rule.checker.take_counts()
+        tokens_read = 0
+        before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
+        refused = rule.checker.refused
         for _ in range(objective.dynamic_rounds):  # until the step is full
             # as many visits as the missing groups need if they are as good as those of the rounds before
             share = (len(trained) + 1) / (len(seen) + 1)
@@ -229,7 +221,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
+                prefixes, read = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
+                state.paths |= {i: replace(paths[i], repeat=repeat) for i, repeat in read.items()}
+                tokens_read += sum(len(paths[i].response_ids) for i in read)
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -248,7 +242,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 break
         clock.append(time.perf_counter())
         # 5. advantages within each group; 6. log-probs; 7. one clipped step on the suffix tokens
-        advantages, lr = rpo.step_advantages(trained, objective), set_lr(optimizer, c, step)
+        advantages = [rpo.group_advantages(g.rewards, objective.advantage) for g in trained]
+        lr = set_lr(optimizer, c, step)
         updated, norms = rpo.update(policy, ref_policy, optimizer, trained, advantages, objective,
                                     c.temperature, c.updates_per_rollout, c.tokens_per_forward)
         state.skipped_in_a_row = report_skipped(out, step, trained, norms, state.skipped_in_a_row)
@@ -259,7 +254,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         # 8. cache: one response of each group may replace the path
         cut = dict(state.paths)
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
-            path, rng = cut.get(g.problem.id, cache.NO_PATH), np.random.default_rng((c.seed, step, UPDATE, i))
+            path = cut.get(g.problem.id, cache.NO_PATH)
+            rng = np.random.default_rng((c.seed, step, UPDATE, i))
             if g.pays:
                 state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng,
                                                          c.epsilon, c.prefix_gate and bool(g.prefix))
@@ -269,14 +265,14 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 state.paths[g.problem.id] = cache.NO_PATH
         state = count_visits(state, sampled, first, cut)
         if state.trusted != before.trusted and c.rollout == "rpo" and c.prefix_gate:
-            tqdm.write(f"step {step}: {state.pass_rate:.0%} of the responses from bare prompts are right: steps "
-                       f"{'continue cached paths' if state.trusted else 'are of full paths'} from now on")
+            tqdm.write(f"step {step}: {state.pass_rate:.0%} of the responses from bare prompts are right: "
+                       f"steps now {'continue cached paths' if state.trusted else 'are of full paths'}")
         state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
-        state.metrics = {"step": step, "policy/lr": lr, **rule.checker.take_counts(), **updated,
+        state.metrics = {"step": step, "policy/lr": lr, **updated, "tokens/read": tokens_read,
+                         "reward/refused": sum(gather({ranks()[0]: rule.checker.refused - refused}).values()),
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
-                         **group_metrics(sampled, trained, cut, state.paths),
-                         **visit_metrics(state, before, sampled, len(seen), cut),
+                         **group_metrics(state, first, sampled, trained, len(seen), cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -345,17 +341,23 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
 
 
 def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, prompts: dict[str, list[int]],
-              policy: Policy, wrong_pays: float) -> list[list[int] | None]:
-    """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt.
+              policy: Policy, wrong_pays: float) -> tuple[list[list[int] | None], dict[str, float]]:
+    """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt;
+    and of the paths that the policy has read, the probability to repeat them.
     wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
     """
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
-    max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem
+    max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem, of those whose path is read
     wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
+    draws, skipped = {}, set()
     for problem, rng in zip(problems, rngs):
         path = paths[problem.id]
         if problem.id not in wrong:
-            longest[problem.id] = cache.longest_cut(path, max_cut)
+            draws[problem.id] = rng.random() if c.skip_certain else 1.0
+            if draws[problem.id] < path.repeat and problem != problems[-1]:
+                skipped.add(problem.id)  # whoever was certain of a path mostly is so still: it is not read
+            else:
+                longest[problem.id] = cache.longest_cut(path, max_cut)
         elif path.response_ids and cache.goes_on(wrong_pays, rng):
             longest[problem.id] = len(path.response_ids)
     branch = {i: np.ones(limit) for i, limit in longest.items()}
@@ -364,20 +366,21 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
         trees = [Tree(whole[i][:-limit], [whole[i][-limit:]]) for i, limit in longest.items()]
         scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
         branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
+    repeat = {i: cache.repeat_probability(weights) for i, weights in branch.items()}
     prefixes: list[list[int] | None] = []
     for problem, rng in zip(problems, rngs):
         path, weights = paths[problem.id], branch.get(problem.id)
         alone = len(prefixes) == len(problems) - 1 and all(prefix is None for prefix in prefixes)
-        if weights is None:
+        if problem.id in skipped or draws.get(problem.id, 1.0) < repeat.get(problem.id, 0.0) and not alone:
+            prefixes.append(None)
+        elif weights is None:
             prefixes.append([])
         elif problem.id in wrong:
             prefixes.append(cache.cut_wrong(path, weights))
-        elif c.skip_certain and cache.is_skipped(weights, rng) and not alone:
-            prefixes.append(None)
         else:
             weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
             prefixes.append(cache.cut(path, weights, rng))
-    return prefixes
+    return prefixes, repeat
 
 
 def requests_of(visits: Sequence[Visit], rows: int, longest: int,
@@ -433,7 +436,7 @@ def report_skipped(out: Path, step: int, groups: list[Group], norms: list[float]
 
 
 def finish_step(c: Config, out: Path, task: Task, policy: Policy, eos: tuple[int, ...],
-                checker: answers.Checker, memory: float, state: State, start: float) -> State:
+                checker: Checker, memory: float, state: State, start: float) -> State:
     """Evaluate if that is due (pass@1) and log the step; the state with its accuracy."""
     metrics = state.metrics
     if c.eval_every and (state.step % c.eval_every == 0 or state.step == c.steps):
@@ -458,27 +461,33 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
-def mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
-
-
-def group_metrics(sampled: list[Group], trained: list[Group], cut: Paths, paths: Paths) -> dict[str, float]:
-    """A metric is one line here and one in docs/metrics.md. cut, paths: cache before and after the step."""
-    names = sorted({name for g in sampled for name in g.parts})
-    kept = [path for path in paths.values() if path.response_ids]
-    return {"reward/mean": mean(r for g in sampled for r in g.rewards),
-            "reward/accuracy": mean(ok for g in sampled for ok in g.correct),
-            **{f"reward/{name}": mean(x for g in sampled for x in g.parts[name]) for name in names},
-            "group/zero_std_fraction": mean(len(set(g.correct)) == 1 for g in sampled),
-            "group/sampled": len(sampled), "group/trained": len(trained),
-            "response/length": mean(len(r) for g in sampled for r in g.responses),
-            "response/cut_length": mean(len(cut[g.problem.id].response_ids) - len(g.prefix) if g.prefix else 0
-                                        for g in sampled),
-            "response/prefix_length": mean(len(g.prefix) for g in sampled),
-            "response/suffix_length": mean(len(s) for g in sampled for s in g.suffixes),
-            "response/finished_fraction": mean(x for g in sampled for x in g.finished),
-            **({"cache/entries": len(kept), "cache/reward": mean(e.reward for e in kept),
-                "cache/correct": mean(e.correct for e in kept)} if kept else {})}
+def group_metrics(state: State, first: list[cache.Entry], sampled: list[Group], trained: list[Group],
+                  tried: int, cut: Paths) -> dict[str, float]:
+    """A metric is one line here and one in docs/metrics.md; the mean of nothing is left out.
+    first: paths sampled in the step. tried: its visits. cut: the cache before it."""
+    prefixed, whole = ([g for g in sampled if bool(g.prefix) == x] for x in (True, False))
+    kept = [path for path in state.paths.values() if path.response_ids]
+    means = {
+        "reward/mean": [r for g in sampled for r in g.rewards],
+        **{f"reward/{name}": [x for g in sampled for x in g.parts[name]] for name in sampled[0].parts},
+        "reward/accuracy": [ok for g in sampled for ok in g.correct],
+        "reward/accuracy_prefix": [ok for g in prefixed for ok in g.correct],  # do prefixes help?
+        "reward/accuracy_whole": [ok for g in whole for ok in g.correct],
+        "group/zero_std_fraction": [len(set(g.correct)) == 1 for g in sampled],
+        "group/paying_fraction": [g.pays for g in prefixed],
+        "group/wrong_prefix_fraction": [not cut[g.problem.id].correct for g in prefixed if g.pays],
+        "response/length": [len(r) for g in sampled for r in g.responses],
+        "response/cut_length": [len(cut[g.problem.id].response_ids) - len(g.prefix) if g.prefix else 0
+                                for g in sampled],
+        "response/prefix_length": [len(g.prefix) for g in sampled],
+        "response/suffix_length": [len(s) for g in sampled for s in g.suffixes],
+        "response/finished_fraction": [x for g in sampled for x in g.finished],
+        "cache/reward": [path.reward for path in kept], "cache/correct": [path.correct for path in kept]}
+    return {"group/sampled": len(sampled), "group/trained": len(trained), "visits/first_path": len(first),
+            "visits/whole": len(whole), "visits/prefix": len(prefixed),
+            "visits/skipped": tried - len(sampled), "cache/entries": len(kept),
+            "cache/pass_rate": state.pass_rate,
+            **{name: float(np.mean(values)) for name, values in means.items() if values}}
 
 
 def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
@@ -505,21 +514,8 @@ def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cu
     fresh = [path.correct for path in first] + [ok for g in groups if not g.prefix for ok in g.correct]
     paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
     pass_rate = follow(state.pass_rate, fresh, 100)
-    return replace(state, kinds=kinds, pass_rate=pass_rate, trusted=cache.is_trusted(state.trusted, pass_rate),
-                   wrong_pays=follow(state.wrong_pays, paid, 20))
-
-
-def visit_metrics(state: State, before: State, groups: list[Group], tried: int,
-                  cut: Paths) -> dict[str, float]:
-    """Do prefixes help? tried: visits of the step. cut: the cache before it."""
-    counts = {f"visits/{kind}": n - before.kinds.get(kind, [0])[0] for kind, (n, _) in state.kinds.items()}
-    prefixed, whole = ([g for g in groups if bool(g.prefix) == x] for x in (True, False))
-    wrong = [not cut[g.problem.id].correct for g in prefixed if g.pays]
-    rates = {"reward/accuracy_prefix": [x for g in prefixed for x in g.correct],
-             "reward/accuracy_whole": [x for g in whole for x in g.correct],
-             "group/paying_fraction": [g.pays for g in prefixed], "group/wrong_prefix_fraction": wrong}
-    return counts | {"visits/skipped": tried - len(groups), "cache/pass_rate": state.pass_rate} | {
-        name: mean(values) for name, values in rates.items() if values}
+    return replace(state, kinds=kinds, pass_rate=pass_rate, wrong_pays=follow(state.wrong_pays, paid, 20),
+                   trusted=cache.is_trusted(state.trusted, pass_rate))
 
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:

@@ -95,7 +95,7 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, requests: list[roll
                     [float(k % 2 == 0) for k in range(len(row))])
               for i, (r, row) in enumerate(zip(requests, suffixes))]
     objective = rpo.ALGORITHMS["dapo"]
-    advantages = rpo.step_advantages(groups, objective)
+    advantages = [rpo.group_advantages(group.rewards, objective.advantage) for group in groups]
     rpo.update(policy, None, optimizer, groups, advantages, objective, 1.0, 1, tokens)
 
 

@@ -42,7 +42,8 @@ def random_groups(seed: int) -> tuple[list[Group], torch.Tensor, dict[str, torch
 def our_loss(groups: Sequence[Group], mask: torch.Tensor, values: dict[str, torch.Tensor],
              objective: rpo.Objective, on_policy: bool) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Loss, its gradient (R, S), advantages (R,)."""
-    advantages = torch.tensor(sum(rpo.step_advantages(groups, objective), []), dtype=torch.float64)
+    advantages = torch.tensor([x for group in groups for x in rpo.group_advantages(
+        group.rewards, objective.advantage)], dtype=torch.float64)
     logprobs = values["now"].clone().requires_grad_()
     loss, _ = rpo.policy_loss(logprobs, mask, advantages, rpo.loss_denominator(groups, objective.aggregation),
                               objective, None if on_policy else values["old"], values["ref"])

@@ -1,12 +1,13 @@
 """A pretrained model: full paths and RPO for the same number of minutes, on chain sums made here.
 
-    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60] [--seed 0]
+    python benchmarks/pretrained.py --model SmolLM2-135M-Instruct [--minutes 60] [--seed 0] [--examples 320]
 
-The model first learns from a few hundred worked sums how to write one down. From this policy every run of
-WAYS goes on, two at a time and on one core each, until it has trained for --minutes. Runs are in --folder; a
-killed call goes on with the same command. Takes 90 minutes on two cores and up to 70 GB of disk. Writes
-docs/pretrained.md.
+The model first learns from a few hundred worked sums how to write one down (320: it is mostly wrong; 960:
+right more often than not). From this policy every run of WAYS goes on, two at a time and on one core each,
+until it has trained for --minutes. Runs are in --folder; a killed call goes on with the same command. Takes
+90 minutes on two cores and up to 70 GB of disk. Writes docs/pretrained.md.
 """
+import argparse
 import json
 import random
 import re
@@ -52,14 +53,14 @@ def chain_sum(rng: random.Random) -> dict[str, str]:
             "solution": "\n".join([*lines, f"The answer is \\boxed{{{value}}}."])}
 
 
-def write_problems(folder: Path) -> None:
+def write_problems(folder: Path, examples: int) -> None:
     rng, seen = random.Random(0), {}
-    while len(seen) < EXAMPLES + TRAIN + TEST:
+    while len(seen) < max(EXAMPLES, examples) + TRAIN + TEST:
         problem = chain_sum(rng)
         seen[problem["problem"]] = json.dumps(problem) + "\n"
-    lines = list(seen.values())
-    for name, count in (("examples", EXAMPLES), ("train", TRAIN), ("test", TEST)):
-        part, lines = lines[:count], lines[count:]
+    lines, end = list(seen.values()), EXAMPLES + TRAIN + TEST  # further examples come last
+    for name, part in (("examples", (lines[:EXAMPLES] + lines[end:])[:examples]),
+                       ("train", lines[EXAMPLES:EXAMPLES + TRAIN]), ("test", lines[EXAMPLES + TRAIN:end])):
         (folder / f"{name}.jsonl").write_text("".join(part))
 
 
@@ -73,7 +74,7 @@ def cold_start(model: Path, folder: Path) -> Path:
     problems = data.load_problems(str(folder / "examples.jsonl"), "--data")
     paths = data.encode_solutions(problems, tokenizer, 160, "--paths", "")
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
-    for step, first in enumerate(range(0, EXAMPLES, EXAMPLES_PER_STEP), 1):
+    for step, first in enumerate(range(0, len(problems), EXAMPLES_PER_STEP), 1):
         optimizer.param_groups[0]["lr"] = COLD_LR * min(1, step / 5)
         batch = pack([Tree(data.encode_prompt(tokenizer, p, data.PromptStyle("", "user")), [paths[p.id]])
                       for p in problems[first:first + EXAMPLES_PER_STEP]])
@@ -131,7 +132,7 @@ def cells(way: str, figures: dict) -> list[str]:
             figures["cached"], f"{figures['length']:.0f}"]
 
 
-def write(model: str, minutes: float, seed: int, before: dict,
+def write(args: argparse.Namespace, before: dict,
           after: dict[str, list[tuple[dict, dict]]]) -> str:
     """docs/pretrained.md. after: by way, (figures, metrics) of its points."""
     lines = [row(*cells("before", before), "", "", "")]
@@ -147,10 +148,11 @@ def write(model: str, minutes: float, seed: int, before: dict,
                      f"({low:+.1f} to {high:+.1f}, paired by problem).")
     table = [head("policy", "pass@1", "right answers with a wrong sum in them",
                   "right paths in the cache with one", "mean length", "steps", "tokens generated", "minutes")]
-    text = (f"# Chain sums with {Path(model).name}\n\nWritten by `python benchmarks/pretrained.py --minutes "
-            f"{minutes:g} --seed {seed}` ({machine()}, one core a run): sums of {TERMS} numbers, a cold "
-            f"start on {EXAMPLES} worked ones, {VISITED} problems to train on, {TEST} held out; greedy "
-            "pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
+    call = (f"python benchmarks/pretrained.py --minutes {args.minutes:g} --seed {args.seed} "
+            f"--examples {args.examples}")
+    text = (f"# Chain sums with {Path(args.model).name}\n\nWritten by `{call}` ({machine()}, one core a run): "
+            f"sums of {TERMS} numbers, a cold start on {args.examples} worked ones, {VISITED} problems to train on, "
+            f"{TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
             + "\n".join(table + lines) + "\n")
     write_page(DOCS / "pretrained.md", text)
     return text
@@ -161,18 +163,19 @@ def main() -> None:
     command.add_argument("--model", default="SmolLM2-135M-Instruct")
     command.add_argument("--minutes", type=float, default=60)
     command.add_argument("--seed", type=int, default=0, help="of the runs; the cold start is the same")
-    command.add_argument("--folder", type=Path, default=ROOT / "runs" / "pretrained")
+    command.add_argument("--examples", type=int, default=EXAMPLES, help="worked sums of the cold start")
+    command.add_argument("--folder", type=Path, help="default: runs/pretrained-EXAMPLES")
     args = command.parse_args()
-    folder = args.folder.absolute()
+    folder = (args.folder or ROOT / "runs" / f"pretrained-{args.examples}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    write_problems(folder)
+    write_problems(folder, args.examples)
     first = cold_start(data.find_model(args.model), folder)
     before = measure(first, folder, "start")
     print(f"before: pass@1 {before['avg']:.3f}", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
         after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args.minutes, args.seed), WAYS)))
-    print(write(args.model, args.minutes, args.seed, before, after))
+    print(write(args, before, after))
 
 
 if __name__ == "__main__":

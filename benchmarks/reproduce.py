@@ -85,7 +85,7 @@ def execute(name: str, options: str, seed: int, steps: int, folder: Path) -> dic
 
 def measure(out: Path) -> dict:
     """What the tables and cost_model.py need of a run folder. Seconds are those of training."""
-    metrics, config = read_lines(out / "metrics.jsonl"), json.loads((out / "config.json").read_text())
+    metrics = read_lines(out / "metrics.jsonl")
     points = [m for m in metrics if "eval/accuracy" in m]
     evaluation = np.cumsum([m["time/eval_s"] for m in points])
     record = {"steps": [m["step"] for m in points],
@@ -95,8 +95,7 @@ def measure(out: Path) -> dict:
     for name in ("time/rollout_s", "time/update_s", "tokens/trained", "tokens/forwarded", "group/sampled"):
         record[name] = sum(m.get(name, 0) for m in metrics)
     read = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
-    if config["rollout"] == "rpo" and (config["skip_certain"] or config["cut_position"] == "uncertain"):
-        read += metrics[-1]["tokens/full_path"] / config["group_size"]  # the paths of all visits
+    read += sum(m["tokens/read"] for m in metrics[1:])
     return record | {"tokens/read": read, "pass@1": record["accuracy"][-1]}
 
 

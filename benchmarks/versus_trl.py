@@ -32,6 +32,7 @@ from rewards import Group
 QUESTION = ("Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. "
             "How many clips did Natalia sell altogether in April and May?")
 GROUP = 16
+STYLE = data.PromptStyle()
 
 
 def trl_steps(folder: str, rows: list[dict], reward: Callable[..., list[float]],
@@ -72,7 +73,7 @@ def trl_tiny(steps: int, rows: int) -> None:
     folder = ROOT / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     problems = data.load_problems(str(folder / "train.jsonl"), "--data")
-    prompts = data.encode_prompts(problems, tokenizer, data.INSTRUCTION, "system", 128)
+    prompts = data.encode_prompts(problems, tokenizer, STYLE, 128)
     tokens = []
 
     def reward(completion_ids: list[list[int]], answer: list[str], **kwargs: object) -> list[float]:
@@ -102,8 +103,8 @@ def our_step(policy: Policy, optimizer: torch.optim.Optimizer, prompt: list[int]
     group = Group(Problem("0", QUESTION, "72"), prompt, prefix, budget, [s.ids for s in suffixes],
                   [s.logprobs for s in suffixes], [False] * GROUP, correct, list(map(float, correct)))
     objective = rpo.ALGORITHMS["dapo"]
-    metrics, *_ = rpo.update(policy, None, optimizer, [group], rpo.step_advantages([group], objective),
-                             objective, 1.0, 1, 4096)
+    advantages = rpo.group_advantages(group.rewards, objective.advantage)
+    metrics, *_ = rpo.update(policy, None, optimizer, [group], [advantages], objective, 1.0, 1, 4096)
     return time.perf_counter() - start, GROUP * budget, metrics["tokens/forwarded"]
 
 
@@ -120,7 +121,7 @@ def main() -> None:
         return trl_tiny(args.tiny, args.rows)
     folder = data.find_model(args.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompt = data.encode_prompt(tokenizer, QUESTION)
+    prompt = data.encode_prompt(tokenizer, Problem("0", QUESTION, "72"), STYLE)
     policy = load_policy(folder, len(tokenizer), torch.device("cpu"))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
     our_step(policy, optimizer, prompt, [], 4)  # warm up: Adam's states, thread pools
