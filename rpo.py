@@ -58,6 +58,14 @@ def group_advantages(rewards: Sequence[float], kind: str = "std") -> list[float]
     return (centred * scale).tolist()
 
 
+def step_weight(groups: Sequence[Group], full: int) -> float:
+    """How much a step that continues paths counts: these groups' share of a step of `full` groups of whole
+    responses. The mean over a few short suffixes is ten times as large, and would drown the others. [RPO-11]
+    """
+    suffixes = sum(len(suffix) for g in groups for suffix in g.suffixes)
+    return suffixes / max(1, sum(len(r) for g in groups for r in g.responses)) * len(groups) / full
+
+
 def loss_denominator(groups: Sequence[Group], aggregation: str) -> int:
     """What the summed loss of one optimiser update is divided by, fixed before it is split.
     token: the number of its suffix tokens (DAPO). response: of its responses, each counted by the mean over

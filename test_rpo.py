@@ -830,6 +830,14 @@ def test_group_advantages_by_hand():
     assert rpo.group_advantages([1, 0, 0, 0], "leave_one_out") == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
 
 
+def test_a_step_counts_as_much_as_it_holds_of_a_full_one():
+    whole = group_of([1, 2], [[3] * 4, [3] * 6])
+    short = group_of([1] * 9, [[2], [2] * 3], prefix=8)  # 4 of 20 tokens are trained on
+    assert rpo.step_weight([whole] * 4, 4) == 1 and rpo.step_weight([], 4) == 0
+    assert rpo.step_weight([whole], 4) == pytest.approx(1 / 4)
+    assert rpo.step_weight([short, whole], 4) == pytest.approx((4 + 10) / (20 + 10) * 2 / 4)
+
+
 def mask_of(*lengths: int) -> torch.Tensor:
     return padded([[True] * n for n in lengths], torch.bool)
 

@@ -17,6 +17,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
 # [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:is_trusted, pays
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
+# [RPO-11] a step of few groups and short suffixes counts less             rpo.py:step_weight
 from __future__ import annotations
 
 import argparse
@@ -242,7 +243,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 break
         clock.append(time.perf_counter())
         # 5. advantages within each group; 6. log-probs; 7. one clipped step on the suffix tokens
-        advantages = [rpo.group_advantages(g.rewards, objective.advantage) for g in trained]
+        weight = rpo.step_weight(trained, c.problems_per_step) if c.prefix_gate and continues(c, state) else 1
+        advantages = [[weight * a for a in rpo.group_advantages(g.rewards, objective.advantage)]
+                      for g in trained]
         lr = set_lr(optimizer, c, step)
         updated, norms = rpo.update(policy, ref_policy, optimizer, trained, advantages, objective,
                                     c.temperature, c.updates_per_rollout, c.tokens_per_forward)
