@@ -272,7 +272,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                        f"steps now {'continue cached paths' if state.trusted else 'are of full paths'}")
         state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
-        state.metrics = {"step": step, "policy/lr": lr, **updated, "tokens/read": tokens_read,
+        state.metrics = {"step": step, "policy/lr": lr, "policy/step_weight": weight, **updated, "tokens/read": tokens_read,
                          "reward/refused": sum(gather({ranks()[0]: rule.checker.refused - refused}).values()),
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(state, first, sampled, trained, len(seen), cut),
