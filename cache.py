@@ -142,7 +142,7 @@ def load(path: Path, tokenizer: str, problems: set[str], vocab_size: int,
         if number == 1 and (record is None or record.get("tokenizer") != tokenizer):
             raise ValueError(f"{path}: its first line does not name the tokenizer of --model: "
                              "these paths were made with another one, or the file is damaged; "
-                             "delete it to sample all paths anew")
+                             "start a new run in another folder")
         if number == 1 or not line:
             continue
         if record is None or not {"id", *Entry.__dataclass_fields__} == record.keys():

@@ -272,7 +272,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                        f"steps now {'continue cached paths' if state.trusted else 'are of full paths'}")
         state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
-        state.metrics = {"step": step, "policy/lr": lr, "policy/step_weight": weight, **updated, "tokens/read": tokens_read,
+        state.metrics = {"step": step, "policy/lr": lr, "policy/step_weight": weight, **updated,
+                         "tokens/read": tokens_read,
                          "reward/refused": sum(gather({ranks()[0]: rule.checker.refused - refused}).values()),
                          "group/missing": dynamic * (c.problems_per_step - len(trained)),
                          **group_metrics(state, first, sampled, trained, len(seen), cut),
@@ -352,14 +353,12 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
     max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem, of those whose path is read
     wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
-    draws, skipped = {}, set()
+    draws = {}
     for problem, rng in zip(problems, rngs):
         path = paths[problem.id]
         if problem.id not in wrong:
             draws[problem.id] = rng.random() if c.skip_certain else 1.0
-            if draws[problem.id] < path.repeat and problem != problems[-1]:
-                skipped.add(problem.id)  # whoever was certain of a path mostly is so still: it is not read
-            else:
+            if draws[problem.id] >= path.repeat or problem == problems[-1]:  # else certain of it, as before
                 longest[problem.id] = cache.longest_cut(path, max_cut)
         elif path.response_ids and cache.goes_on(wrong_pays, rng):
             longest[problem.id] = len(path.response_ids)
@@ -374,7 +373,7 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
     for problem, rng in zip(problems, rngs):
         path, weights = paths[problem.id], branch.get(problem.id)
         alone = len(prefixes) == len(problems) - 1 and all(prefix is None for prefix in prefixes)
-        if problem.id in skipped or draws.get(problem.id, 1.0) < repeat.get(problem.id, 0.0) and not alone:
+        if draws.get(problem.id, 1.0) < repeat.get(problem.id, path.repeat) and not alone:
             prefixes.append(None)
         elif weights is None:
             prefixes.append([])
