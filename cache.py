@@ -19,7 +19,7 @@ class Entry:
     correct: bool
     shortest: int  # tokens in the shortest response of the problem's last group (l in eq. 4)
     step: int  # when the path was written
-    repeat: float = 0.0  # probability of the policy that last read it to repeat its last L tokens
+    failed: int = 0  # responses from the bare prompt since one of the problem's responses was right
 
 
 def parse_max_cut(text: str) -> int | float:
@@ -41,30 +41,39 @@ def longest_cut(entry: Entry, max_cut: int | float) -> int:
     return int(min(max(limit, 1), len(entry.response_ids)))
 
 
-def branch_probabilities(logprobs: Sequence[float]) -> np.ndarray:
-    """(L,): the policy's probability 1 - p of another token at each of the last L places. [RPO-6]
-    logprobs: of the path's last L tokens under the policy."""
-    return -np.expm1(logprobs)
+def uniform_cuts(logprobs: np.ndarray, longest: int) -> np.ndarray:
+    """(n,): the chance of a cut before each token of a path; m ~ Uniform{1..L} of them are cut off (eq. 3).
+    They add up to the policy's probability of not repeating the last L. [RPO-1]
+    logprobs (n,): of the path's tokens under the policy; longest: L. The paper's {0..L} has one value that
+    leaves nothing to sample."""
+    chances = np.zeros(len(logprobs))
+    chances[-longest:] = -np.expm1(logprobs[-longest:].sum()) / longest
+    return chances
 
 
-def repeat_probability(branch: np.ndarray) -> float:
-    """The policy's probability of taking no branch, with which a visit is skipped. [RPO-7]"""
-    return round(float(np.prod(1 - branch)), 3)  # short in the cache's file, and alike on any number of ranks
+def branch_cuts(logprobs: np.ndarray, longest: int) -> np.ndarray:
+    """The same, before the token at which the policy would leave the path first. [RPO-6]
+    If more than L tokens are left there, only with the chance of L to their number: L bounds the mean."""
+    follows = np.cumsum(logprobs) - logprobs  # log-prob of all that precedes
+    return np.exp(follows) * -np.expm1(logprobs) * np.minimum(1, longest / np.arange(len(logprobs), 0, -1))
 
 
-def cut(entry: Entry, weights: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """The kept prefix: the path without its last m tokens, m from 1 to L (eq. 3). [RPO-1]
-    weights (L,): of m = L, L - 1, ..., 1; if all are equal, m ~ Uniform{1..L}. The paper's {0..L} has one
-    value that leaves nothing to sample."""
-    weights = weights + 1e-9  # all are 0 where a visit that repeats its path is not skipped
-    place = int(rng.choice(len(weights), p=weights / weights.sum()))
-    return entry.response_ids[:len(entry.response_ids) - len(weights) + place]
+def cut(entry: Entry, chances: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """The kept prefix. chances (n,): of a cut before each token, up to a factor."""
+    chances = chances + 1e-12  # all are 0 where a visit that repeats its path is not skipped
+    return entry.response_ids[:int(rng.choice(len(chances), p=chances / chances.sum()))]
 
 
-def cut_wrong(entry: Entry, branch: np.ndarray) -> list[int]:
+def fail_probability(entry: Entry, group_size: int) -> float:
+    """The chance that no response from the bare prompt is right, with which such a visit is skipped. [RPO-7]
+    Each is right with the chance 1 / (n + 2) after n that were not (Laplace's rule of succession)."""
+    return (1 - 1 / (entry.failed + 2)) ** group_size
+
+
+def cut_wrong(entry: Entry, logprobs: np.ndarray) -> list[int]:
     """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-9]
-    branch: branch_probabilities of the whole path."""
-    return entry.response_ids[:int(np.argmax(branch))]
+    logprobs: of the path's tokens under the policy."""
+    return entry.response_ids[:int(np.argmin(logprobs))]
 
 
 GOOD, WEAK = 0.5, 0.2  # pass rates from bare prompts. [RPO-9]
@@ -103,14 +112,17 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
 
 
 def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], correct: Sequence[bool],
-           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool) -> Entry:
-    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path."""
-    entry = replace(entry, shortest=min(map(len, responses)))
+           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool, whole: bool) -> Entry:
+    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path.
+    whole: they are from the bare prompt."""
+    entry = replace(entry, shortest=min(map(len, responses)),
+                    failed=0 if any(correct) else entry.failed + whole * len(responses))
     allowed = [i for i, ok in enumerate(correct) if ok or not (keep_correct and entry.correct)]
     if not allowed:
         return entry
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
-    return Entry(responses[pick], rewards[pick], correct[pick], entry.shortest, step)
+    return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=correct[pick],
+                   step=step)
 
 
 def fingerprint(value: object) -> str:

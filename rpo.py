@@ -58,12 +58,14 @@ def group_advantages(rewards: Sequence[float], kind: str = "std") -> list[float]
     return (centred * scale).tolist()
 
 
-def step_weight(groups: Sequence[Group], full: int) -> float:
-    """How much a step that continues paths counts: these groups' share of a step of `full` groups of whole
-    responses. The mean over a few short suffixes is ten times as large, and would drown the others. [RPO-11]
+def step_weight(groups: Sequence[Group], missing: int) -> float:
+    """How much a step that continues paths counts: the share of its suffixes in their whole responses, times
+    that of its groups in a step that lacks none. [RPO-11]
+    The mean over a few short suffixes is ten times as large as over a full step, and would drown the others.
     """
     suffixes = sum(len(suffix) for g in groups for suffix in g.suffixes)
-    return suffixes / max(1, sum(len(r) for g in groups for r in g.responses)) * len(groups) / full
+    whole = sum(len(response) for g in groups for response in g.responses)
+    return suffixes / max(1, whole) * len(groups) / max(1, len(groups) + missing)
 
 
 def loss_denominator(groups: Sequence[Group], aggregation: str) -> int:

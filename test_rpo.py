@@ -833,9 +833,10 @@ def test_group_advantages_by_hand():
 def test_a_step_counts_as_much_as_it_holds_of_a_full_one():
     whole = group_of([1, 2], [[3] * 4, [3] * 6])
     short = group_of([1] * 9, [[2], [2] * 3], prefix=8)  # 4 of 20 tokens are trained on
-    assert rpo.step_weight([whole] * 4, 4) == 1 and rpo.step_weight([], 4) == 0
-    assert rpo.step_weight([whole], 4) == pytest.approx(1 / 4)
-    assert rpo.step_weight([short, whole], 4) == pytest.approx((4 + 10) / (20 + 10) * 2 / 4)
+    assert rpo.step_weight([whole] * 4, 0) == 1 and rpo.step_weight([], 0) == rpo.step_weight([], 4) == 0
+    assert rpo.step_weight([whole], 3) == pytest.approx(1 / 4)
+    assert rpo.step_weight([short, whole], 0) == pytest.approx((4 + 10) / (20 + 10))
+    assert rpo.step_weight([short, whole], 2) == pytest.approx((4 + 10) / (20 + 10) * 2 / 4)
 
 
 def mask_of(*lengths: int) -> torch.Tensor:
@@ -904,7 +905,9 @@ def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     rng = np.random.default_rng(0)
     draws = 400 * limit
     path = entry(tokens, shortest)
-    kept = [cache.cut(path, np.ones(cache.longest_cut(path, max_cut)), rng) for _ in range(draws)]
+    cuts = cache.uniform_cuts(np.full(tokens, -0.01), cache.longest_cut(path, max_cut))
+    assert cuts.sum() == pytest.approx(1 - 0.99004983 ** limit)  # of not repeating L tokens of log-prob -0.01
+    kept = [cache.cut(path, cuts, rng) for _ in range(draws)]
     assert all(k == list(range(len(k))) for k in kept)
     counts = Counter(tokens - len(k) for k in kept)
     assert set(counts) == set(range(1, limit + 1))
@@ -913,29 +916,36 @@ def test_cut_lengths_are_uniform_from_1_to_L(max_cut, tokens, shortest, limit):
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_an_informed_cut_follows_the_chance_of_another_token():
-    rng, draws, path = np.random.default_rng(0), 10_000, entry(8, 8)
-    logprobs = np.log1p(-np.array([0.0, 0.3, 0.0, 0.1, 0.6])).tolist()
-    branch = cache.branch_probabilities(logprobs)
-    assert branch.tolist() == pytest.approx([0.0, 0.3, 0.0, 0.1, 0.6])
-    counts = Counter(len(cache.cut(path, branch, rng)) for _ in range(draws))
-    for kept, share in {3: 0.0, 4: 0.3, 5: 0.0, 6: 0.1, 7: 0.6}.items():
+def test_an_informed_cut_is_where_the_policy_leaves_the_path():
+    rng, draws, path = np.random.default_rng(0), 10_000, entry(5, 5)
+    cuts = cache.branch_cuts(np.log([1.0, 0.7, 1.0, 0.9, 0.4]), 2)
+    # it leaves at 1 with 0.3, at 3 with 0.7 * 0.1, at 4 with 0.7 * 0.9 * 0.6; of 4 tokens left L = 2 is half
+    expected = {0: 0.0, 1: 0.15, 2: 0.0, 3: 0.07, 4: 0.378}
+    assert cuts.tolist() == pytest.approx(list(expected.values()))
+    counts = Counter(len(cache.cut(path, cuts, rng)) for _ in range(draws))
+    for kept, share in expected.items():
+        share /= 0.598
         assert abs(counts.pop(kept, 0) - draws * share) <= 3 * math.sqrt(draws * share * (1 - share))
     assert not counts
-    assert {len(cache.cut(path, np.zeros(3), rng)) for _ in range(99)} == {5, 6, 7}  # all certain: anywhere
+    assert {len(cache.cut(path, np.zeros(5), rng)) for _ in range(99)} == set(range(5))  # certain: anywhere
 
 
-def test_the_chance_of_repeating_a_path():
-    for branch, chance in (([0.2], 0.8), ([0.5, 0.0, 0.2], 0.4), ([0.9, 0.5, 0.0, 0.2], 0.04)):
-        assert cache.repeat_probability(np.array(branch)) == pytest.approx(chance)
+def test_the_chance_that_a_group_from_the_bare_prompt_fails():
+    for failed, chance in ((0, 1 / 16), (2, (3 / 4) ** 4), (8, 0.9 ** 4)):
+        assert cache.fail_probability(replace(entry(1, 1), failed=failed), 4) == pytest.approx(chance)
+    wrong, path, draw = [False] * 4, cache.NO_PATH, np.random.default_rng(0)
+    for correct, whole, failed in ((wrong, True, 4), (wrong, True, 8), (wrong, False, 8),  # not from a prefix
+                                   ([True, *wrong[1:]], True, 0), (wrong, True, 4),
+                                   ([True, *wrong[1:]], False, 0)):
+        path = cache.update(path, [[1, 2, 3]] * 4, [0.0] * 4, correct, 1, draw, 1.0, False, whole)
+        assert path.failed == failed
 
 
 def test_a_wrong_path_is_cut_before_its_least_likely_token():
-    path = cache.Entry([3, 1, 4, 1, 5], 0.0, False, 5, 0)
-    branch = cache.branch_probabilities(np.log([0.9, 0.5, 0.99, 0.2, 0.7]).tolist())
-    assert cache.cut_wrong(path, branch) == [3, 1, 4]
-    assert cache.cut_wrong(path, branch[::-1]) == [3]
-    assert cache.cut_wrong(path, np.array([0.9, 0.1, 0.1, 0.1, 0.1])) == []  # a group from the bare prompt
+    path, logprobs = cache.Entry([3, 1, 4, 1, 5], 0.0, False, 5, 0), np.log([0.9, 0.5, 0.99, 0.2, 0.7])
+    assert cache.cut_wrong(path, logprobs) == [3, 1, 4]
+    assert cache.cut_wrong(path, logprobs[::-1]) == [3]
+    assert cache.cut_wrong(path, np.log([0.1, 0.9, 0.9, 0.9, 0.9])) == []  # a group from the bare prompt
 
 
 @pytest.mark.parametrize("right, of, pays", [(4, 8, True), (3, 8, False), (8, 8, True), (0, 8, False),
@@ -971,7 +981,7 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allow
     seen = set()
     for seed in range(60):
         after = cache.update(before, responses, [0.1, 0.2, 0.9], list(map(bool, correct)), 8,
-                             np.random.default_rng(seed), 0.5, keep)
+                             np.random.default_rng(seed), 0.5, keep, False)
         pick = None if after.response_ids == [9, 9] else after.response_ids[0]
         seen.add(pick)
         assert after.shortest == 6
@@ -982,15 +992,15 @@ def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allow
 
 def test_cache_file_is_one_json_line_an_entry(tmp_path):
     path = tmp_path / "cache.jsonl"
-    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4), "b": cache.Entry([], 0.0, False, 1, 0, 0.25)}
+    entries = {"a": cache.Entry([5, 7, 2], 1.0, True, 3, 4), "b": cache.Entry([], 0.0, False, 1, 0, 16)}
     cache.save(entries, path, "words")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert all(line.pop("crc") for line in lines)
     assert lines == [{"tokenizer": "words"},
         {"id": "a", "response_ids": [5, 7, 2], "reward": 1.0, "correct": True, "shortest": 3, "step": 4,
-         "repeat": 0.0},
+         "failed": 0},
         {"id": "b", "response_ids": [], "reward": 0.0, "correct": False, "shortest": 1, "step": 0,
-         "repeat": 0.25}]
+         "failed": 16}]
     said = []
     assert cache.load(path, "words", {"a", "b"}, 8, said.append) == entries and not said
     assert cache.load(path, "words", {"b"}, 8, said.append) == {"b": entries["b"]}
@@ -1753,7 +1763,7 @@ def test_visits_are_counted_by_kind(finished):
     for m in lines_of(finished / "metrics.jsonl")[1:]:
         prefixed, whole = m["visits/prefix"], m["visits/whole"]
         assert prefixed + whole == m["group/sampled"]
-        assert 3 <= prefixed + whole + m["visits/skipped"] <= 6  # two rounds of 3
+        assert 3 <= prefixed + whole + m["visits/skipped"] <= 9  # 3, of which one is sampled: then 4 * 3 / 2
         both = [m.get(f"reward/accuracy_{kind}", 0.0) for kind in ("prefix", "whole")]
         right = both[0] * prefixed + both[1] * whole
         assert right == pytest.approx(m["reward/accuracy"] * (prefixed + whole))
@@ -1820,46 +1830,40 @@ class Sure:
 
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
-                correct: bool = True, wrong_pays: float = 0.5) -> list[int | None]:
+                correct: bool = True, wrong_pays: float = 0.5, failed: int = 0) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0:
     there is no path."""
     config = train.parse_config([*QUICK, "--max-cut", "100", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
-             cache.Entry([], 0.0, False, 0, 0) for p, n in zip(problems, branches)}
-    prefixes, _ = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure(),
-                                  wrong_pays)
+             replace(cache.NO_PATH, failed=failed) for p, n in zip(problems, branches)}
+    prefixes, read = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure(),
+                                     wrong_pays)
+    assert read in [200 * n for n in range(sum(map(bool, branches)) + 1)]
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
     return [None if prefix is None else 200 - len(prefix) for prefix in prefixes]
 
 
+def near(count: int, tries: int, share: float) -> bool:
+    return abs(count - tries * share) <= 3 * math.sqrt(tries * share * (1 - share))
+
+
 def test_certain_problems_are_skipped_but_not_all_of_a_step():
-    assert cut_lengths(4) == [None, 90, None, 90]
-    cuts = cut_lengths(4, "--no-skip-certain")
-    assert cuts[1::2] == [90, 90] and all(1 <= n <= 100 for n in cuts)
-    uniform = cut_lengths(4, "--cut-position", "uniform")
-    assert uniform[::2] == [None, None] and len({n for step in range(9) for n in cut_lengths(
-        step, "--cut-position", "uniform", "--no-skip-certain")}) > 20
-    *skipped, last = cut_lengths(4, "--max-cut", "80")  # all are certain, but a step is never empty
-    assert skipped == [None] * 3 and 1 <= last <= 80
+    cuts = [cut_lengths(step) for step in range(200)]
+    assert {n for row in cuts for n in row[1::2]} == {90}  # L is 100; so of 150 tokens only two thirds
+    assert {n for row in cuts for n in row[::2]} == {None, 150}
+    assert near(sum(row[::2].count(150) for row in cuts), 400, 2 / 3)
+    assert {n for step in range(9) for n in cut_lengths(step, "--no-skip-certain")} == {150, 90}
+    uniform = [cut_lengths(step, "--cut-position", "uniform") for step in range(60)]  # of the last 100
+    assert {n for row in uniform for n in row[::2]} == {None} and all(
+        1 <= n <= 100 for row in uniform for n in row[1::2]) and len({row[1] for row in uniform}) > 30
+    paper = [n for step in range(60)
+             for n in cut_lengths(step, "--cut-position", "uniform", "--no-skip-certain")]
+    assert max(paper) in range(90, 101) and near(sum(n > 50 for n in paper), 240, 1 / 2)
+    rows = [cut_lengths(step, "--max-cut", "1", branches=(150, 150)) for step in range(60)]
+    assert [None, None] not in rows and {n for row in rows for n in row} == {None, 150}  # a step is not empty
     assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
-
-
-def test_paths_that_would_have_been_repeated_are_not_read_again(monkeypatch):
-    """Reading all paths of a step took as long as sampling it. 600 paths, repeated with chance 0.7 when they
-    were read last, 0.9 now: a visit is skipped with chance 0.9; three of ten paths are read, the last too."""
-    problems, config = [data.Problem(f"{i:x}", "?", "1") for i in range(600)], train.parse_config(QUICK)
-    paths = {p.id: cache.Entry([5] * 9, 1.0, True, 9, 0, 0.7) for p in problems}
-    monkeypatch.setattr(rpo, "score", lambda _, trees, *rest: [
-        [[0.0] * (len(t.suffixes[0]) - 1) + [math.log(0.9)]] for t in trees])
-    prompts = {p.id: [2] for p in problems}
-    prefixes, read = train.cut_paths(config, 1, problems, paths, prompts, None, 0.5)
-    assert all(x == pytest.approx(0.9) for x in read.values()) and problems[-1].id in read
-    for count, share in ((prefixes.count(None), 0.9), (len(read), 0.3)):
-        assert abs(count - 600 * share) < 3 * math.sqrt(600 * share * (1 - share)) + 1
-    config = replace(config, skip_certain=False)
-    assert None not in train.cut_paths(config, 1, problems, paths, prompts, None, 0.5)[0]
 
 
 def test_wrong_paths_and_prefixes_that_did_not_pay():
@@ -1867,9 +1871,13 @@ def test_wrong_paths_and_prefixes_that_did_not_pay():
     assert cut_lengths(4, correct=False) == [150, 90, 150, 90]  # before BRANCH, though L is 100
     for paid, share in ((0.5, 1.0), (0.25, 0.25), (0.0, 0.05)):  # (2 x)^2 of them go on, a twentieth at least
         cuts = [n for step in range(250) for n in cut_lengths(step, correct=False, wrong_pays=paid)]
-        assert abs(1000 * share - sum(n < 200 for n in cuts)) <= 3 * math.sqrt(1000 * share * (1 - share))
+        assert near(sum(n not in (None, 200) for n in cuts), 1000, share)
     assert cut_lengths(4, branches=(0, 90, 0, 0)) == [200, 90, 200, 200]  # from the bare prompt
-    assert cut_lengths(4, "--no-prefix-gate", correct=False) == [None, 90, None, 90]  # as if they were right
+    cuts = [n for step in range(400) for n in cut_lengths(step, branches=(0, 0, 90), correct=False, failed=6)]
+    assert set(cuts) == {None, 90, 200} and near(cuts.count(None), 800, (7 / 8) ** 4)  # it would fail again
+    assert None not in cut_lengths(4, "--no-skip-certain", branches=(0, 0), failed=99)
+    assert [cut_lengths(step, "--no-prefix-gate", correct=False) for step in range(9)] == [
+        cut_lengths(step) for step in range(9)]  # as if they were right
     visits = [(data.Problem("a", "?", "7"), [1, 2], [5] * 60), (data.Problem("b", "?", "7"), [1, 2], [])]
     checker = SimpleNamespace()
     rule = rewards.RewardRule(checker, 100, 0.0, 0.0)
@@ -1910,6 +1918,13 @@ def test_skipped_visits_count_as_full_paths_that_were_not_needed(tmp_path):
     assert metrics["group/sampled"] == 1
     assert metrics["tokens/full_path"] == pytest.approx(4 * (skipped + metrics["response/length"]))
     assert metrics["tokens/generated"] == pytest.approx(4 * metrics["response/suffix_length"])
+
+
+@pytest.mark.parametrize("seen, sampled, trained, visits", [
+    (0, 0, 0, 8), (8, 8, 7, 2), (8, 8, 3, 8), (8, 8, 0, 8),  # none skipped: 8 at most
+    (8, 2, 1, 24), (23, 7, 5, 12)])  # 9 * 7 / 2 = 31.5, of which 9 * 8 / 3 = 24; 24 * 3 / 6 of 24
+def test_rounds_are_larger_where_visits_are_skipped(seen, sampled, trained, visits):
+    assert train.round_size(8, seen, sampled, trained) == visits
 
 
 def test_first_paths_from_worked_solutions(tmp_path, capsys):

@@ -12,8 +12,8 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-3] the prefix is never in the loss                                  rpo.py:policy_loss
 # [RPO-4] one response of the group replaces the path                      cache.py:choose
 # [RPO-5] correct responses shorter than their group's mean earn more      rewards.py:length_rewards
-# [RPO-6] the cut is where the policy may branch off                       cache.py:branch_probabilities
-# [RPO-7] a visit that would repeat the path is skipped                    cache.py:repeat_probability
+# [RPO-6] the cut is where the policy would leave the path                 cache.py:branch_cuts
+# [RPO-7] visits that would repeat the path, or fail again, are skipped    cache.py:fail_probability
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
 # [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:is_trusted, pays
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
@@ -94,10 +94,11 @@ class Config:
     group_size: int = option(8, "suffixes per problem; with 4, tiny ends a point lower", 2)
     max_cut: str = option("300", "longest cut L: tokens (300, as in the paper), or a fraction of the "
                                  "shortest response of the last group (0.5)")
-    cut_position: str = option("uncertain", "cut in proportion to 1 - p(token), so that suffixes differ; "
-                                            "uniform: as in the paper", ("uniform", "uncertain"))
-    skip_certain: bool = option(True, "skip a visit with the policy's probability of repeating the last L "
-                                      "tokens; without, tiny needs 2.5 times the tokens")
+    cut_position: str = option("uncertain", "cut where the policy would leave its path, where more than L "
+                                            "tokens are left with the chance of L to their number; uniform: "
+                                            "among the last L, as in the paper", ("uniform", "uncertain"))
+    skip_certain: bool = option(True, "skip a visit as often as the policy would follow its path, or fail "
+                                      "again; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
     prefix_gate: bool = option(True, "train on a prefix only if half of its group is right, else give its "
                                      "path up; off, as in the paper, a weak policy gets worse")
@@ -206,9 +207,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         before = replace(state, paths=dict(state.paths), skipped_in_a_row=0)
         refused = rule.checker.refused
         for _ in range(objective.dynamic_rounds):  # until the step is full
-            # as many visits as the missing groups need if they are as good as those of the rounds before
-            share = (len(trained) + 1) / (len(seen) + 1)
-            count = min(c.problems_per_step, math.ceil((c.problems_per_step - len(trained)) / share))
+            count = round_size(c.problems_per_step, len(seen), len(sampled), len(trained))
             visited = range(state.visits, state.visits + count - len(again))
             problems = [p for p in problems_of(task.problems, c.seed, visited, again) if p.id not in seen]
             prefixes = [[] for _ in problems]  # of full paths
@@ -223,8 +222,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
                 prefixes, read = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
-                state.paths |= {i: replace(paths[i], repeat=repeat) for i, repeat in read.items()}
-                tokens_read += sum(len(paths[i].response_ids) for i in read)
+                tokens_read += read
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
             # 3. suffixes: G of each prefix, which is computed once
@@ -239,11 +237,12 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
             trained += [g for g in groups if g.pays and len(set(g.correct if dynamic else g.rewards)) > 1]
             del trained[c.problems_per_step:]
-            if len(trained) == c.problems_per_step:
+            if len(trained) == c.problems_per_step or len(seen) == len(task.problems):
                 break
         clock.append(time.perf_counter())
         # 5. advantages within each group; 6. log-probs; 7. one clipped step on the suffix tokens
-        weight = rpo.step_weight(trained, c.problems_per_step) if c.prefix_gate and continues(c, state) else 1
+        missing = dynamic * (c.problems_per_step - len(trained))
+        weight = rpo.step_weight(trained, missing) if c.prefix_gate and continues(c, state) else 1
         advantages = [[weight * a for a in rpo.group_advantages(g.rewards, objective.advantage)]
                       for g in trained]
         lr = set_lr(optimizer, c, step)
@@ -260,8 +259,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             path = cut.get(g.problem.id, cache.NO_PATH)
             rng = np.random.default_rng((c.seed, step, UPDATE, i))
             if g.pays:
-                state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng,
-                                                         c.epsilon, c.prefix_gate and bool(g.prefix))
+                state.paths[g.problem.id] = cache.update(
+                    path, g.responses, g.rewards, g.correct, step, rng, c.epsilon,
+                    keep_correct=c.prefix_gate and bool(g.prefix), whole=not g.prefix)
             elif rng.random() < state.pass_rate:  # the path is given up, its problem gets a fresh one
                 del state.paths[g.problem.id]
             else:  # a group from the bare prompt, which finds the rare right response
@@ -275,7 +275,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         state.metrics = {"step": step, "policy/lr": lr, "policy/step_weight": weight, **updated,
                          "tokens/read": tokens_read,
                          "reward/refused": sum(gather({ranks()[0]: rule.checker.refused - refused}).values()),
-                         "group/missing": dynamic * (c.problems_per_step - len(trained)),
+                         "group/missing": missing,
                          **group_metrics(state, first, sampled, trained, len(seen), cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
@@ -301,6 +301,12 @@ def agree(state: State, stop: threading.Event) -> bool:
     if len({crc for crc, _ in seen}) > 1:
         raise OSError(f"step {state.step}: the ranks have not the same cache and counters (a bug or a fault)")
     return any(stopped for _, stopped in seen)
+
+
+def round_size(full: int, seen: int, sampled: int, trained: int) -> int:
+    """Visits of the next round of a step of `full` groups, if they are as those seen so far: as many as the
+    missing groups need, and no more than leave `full` of them to sample where others are skipped."""
+    return math.ceil((seen + 1) * min((full - trained) / (trained + 1), full / (sampled + 1)))
 
 
 def problems_of(problems: Sequence[Problem], seed: int, visits: range,
@@ -345,44 +351,33 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
 
 
 def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, prompts: dict[str, list[int]],
-              policy: Policy, wrong_pays: float) -> tuple[list[list[int] | None], dict[str, float]]:
+              policy: Policy, wrong_pays: float) -> tuple[list[list[int] | None], int]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt;
-    and of the paths that the policy has read, the probability to repeat them.
+    and how many tokens of paths the policy has read for it.
     wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
     """
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
-    max_cut, longest = cache.parse_max_cut(c.max_cut), {}  # L by problem, of those whose path is read
-    wrong = {i for i, path in paths.items() if c.prefix_gate and not path.correct}
-    draws = {}
-    for problem, rng in zip(problems, rngs):
+    wrong = [c.prefix_gate and not paths[p.id].correct for p in problems]
+    informed = c.skip_certain or c.cut_position == "uncertain"
+    read = [i for i, p in enumerate(problems) if (
+        paths[p.id].response_ids and cache.goes_on(wrong_pays, rngs[i]) if wrong[i] else informed)]
+    trees = [Tree(prompts[problems[i].id], [paths[problems[i].id].response_ids]) for i in read]
+    scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
+    logprobs = {i: np.array(rows[0]) for i, rows in zip(read, scores)}
+    chances = cache.uniform_cuts if c.cut_position == "uniform" else cache.branch_cuts
+    max_cut, prefixes = cache.parse_max_cut(c.max_cut), []
+    for i, (problem, rng) in enumerate(zip(problems, rngs)):
         path = paths[problem.id]
-        if problem.id not in wrong:
-            draws[problem.id] = rng.random() if c.skip_certain else 1.0
-            if draws[problem.id] >= path.repeat or problem == problems[-1]:  # else certain of it, as before
-                longest[problem.id] = cache.longest_cut(path, max_cut)
-        elif path.response_ids and cache.goes_on(wrong_pays, rng):
-            longest[problem.id] = len(path.response_ids)
-    branch = {i: np.ones(limit) for i, limit in longest.items()}
-    if branch and (c.skip_certain or c.cut_position == "uncertain" or wrong):
-        whole = {i: prompts[i] + paths[i].response_ids for i in longest}
-        trees = [Tree(whole[i][:-limit], [whole[i][-limit:]]) for i, limit in longest.items()]
-        scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
-        branch = {i: cache.branch_probabilities(rows[0]) for i, rows in zip(longest, scores)}
-    repeat = {i: cache.repeat_probability(weights) for i, weights in branch.items()}
-    prefixes: list[list[int] | None] = []
-    for problem, rng in zip(problems, rngs):
-        path, weights = paths[problem.id], branch.get(problem.id)
-        alone = len(prefixes) == len(problems) - 1 and all(prefix is None for prefix in prefixes)
-        if draws.get(problem.id, 1.0) < repeat.get(problem.id, path.repeat) and not alone:
-            prefixes.append(None)
-        elif weights is None:
-            prefixes.append([])
-        elif problem.id in wrong:
-            prefixes.append(cache.cut_wrong(path, weights))
+        if wrong[i]:
+            prefix = cache.cut_wrong(path, logprobs[i]) if i in logprobs else []
+            skip = 0.0 if i in logprobs else cache.fail_probability(path, c.group_size)
         else:
-            weights = np.ones_like(weights) if c.cut_position == "uniform" else weights
-            prefixes.append(cache.cut(path, weights, rng))
-    return prefixes, repeat
+            known = logprobs.get(i, np.full(len(path.response_ids), -1.0))  # if not: it does not matter
+            cuts = chances(known, cache.longest_cut(path, max_cut))
+            prefix, skip = cache.cut(path, cuts, rng), 1 - cuts.sum()
+        alone = i == len(problems) - 1 and all(prefix is None for prefix in prefixes)
+        prefixes.append(None if c.skip_certain and rng.random() < skip and not alone else prefix)
+    return prefixes, sum(len(tree.suffixes[0]) for tree in trees)
 
 
 def requests_of(visits: Sequence[Visit], rows: int, longest: int,

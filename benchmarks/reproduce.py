@@ -38,7 +38,7 @@ RULES = {  # 32 tokens of a path of 287 are what 300 are of the paper's 2690
 }
 ABLATIONS = {
     **{f"L = {cut}, alpha = {alpha}": f"--max-cut {cut} --length-reward {alpha}"
-       for cut in (0.1, 0.2, 0.4, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.2, 0)},
+       for cut in (0.1, 0.2, 0.4, 1.0) for alpha in (0, 0.01) if (cut, alpha) != (0.1, 0)},
     "epsilon = 0": "--epsilon 0", "epsilon = 0.5": "--epsilon 0.5",
     "G = 4": "--group-size 4", "G = 16": "--group-size 16",
     "uniform cut positions": "--cut-position uniform", "no visit skipped": "--no-skip-certain",
