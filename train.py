@@ -92,8 +92,8 @@ class Config:
     steps: int = option(300, "rounds of rollout and update; the paper has 292", 1)
     problems_per_step: int = option(64, "groups per step; 512 responses with 8 each, the paper has 576", 1)
     group_size: int = option(8, "suffixes per problem; with 4, tiny ends a point lower", 2)
-    max_cut: str = option("300", "L, beyond which cuts are rarer: tokens (300, as in the paper), or a fraction "
-                                 "of the shortest response of the last group (0.5)")
+    max_cut: str = option("300", "L, beyond which cuts are rarer: tokens (300, as in the paper), or a "
+                                 "fraction of the shortest response of the last group (0.5)")
     cut_position: str = option("uncertain", "cut where the policy would leave its path, where more than L "
                                             "tokens are left with the chance of L to their number; uniform: "
                                             "among the last L, as in the paper", ("uniform", "uncertain"))
