@@ -281,8 +281,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
         warned, stopping = warn_once(state.metrics, warned), agree(state, stop)
-        bar.set_postfix_str("reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix "
-                            "{response/suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**state.metrics))
+        if sampled:  # else all visits were skipped
+            bar.set_postfix_str("reward {reward/mean:.2f} accuracy {reward/accuracy:.2f} suffix {response/"
+                                "suffix_length:.0f} {tokens/per_s:.0f} tok/s".format(**state.metrics))
         if c.save_every and step % c.save_every == 0 or step == c.steps or stopping:
             save_checkpoint(c, out, task, policy, optimizer, state)  # before the evaluation, which may fail
         if stopping:
@@ -354,8 +355,7 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
               policy: Policy, wrong_pays: float) -> tuple[list[list[int] | None], int]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt;
     and how many tokens of paths the policy has read for it.
-    wrong_pays: the share of wrong paths' prefixes that paid. The last visit is not skipped if all others are.
-    """
+    wrong_pays: the share of wrong paths' prefixes that paid."""
     rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
     wrong = [c.prefix_gate and not paths[p.id].correct for p in problems]
     informed = c.skip_certain or c.cut_position == "uncertain"
@@ -375,8 +375,7 @@ def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, p
             known = logprobs.get(i, np.full(len(path.response_ids), -1.0))  # if not: it does not matter
             cuts = chances(known, cache.longest_cut(path, max_cut))
             prefix, skip = cache.cut(path, cuts, rng), 1 - cuts.sum()
-        alone = i == len(problems) - 1 and all(prefix is None for prefix in prefixes)
-        prefixes.append(None if c.skip_certain and rng.random() < skip and not alone else prefix)
+        prefixes.append(None if c.skip_certain and rng.random() < skip else prefix)
     return prefixes, sum(len(tree.suffixes[0]) for tree in trees)
 
 
@@ -466,7 +465,8 @@ def group_metrics(state: State, first: list[cache.Entry], sampled: list[Group], 
     kept = [path for path in state.paths.values() if path.response_ids]
     means = {
         "reward/mean": [r for g in sampled for r in g.rewards],
-        **{f"reward/{name}": [x for g in sampled for x in g.parts[name]] for name in sampled[0].parts},
+        **{f"reward/{name}": [x for g in sampled for x in g.parts[name]]
+           for group in sampled[:1] for name in group.parts},
         "reward/accuracy": [ok for g in sampled for ok in g.correct],
         "reward/accuracy_prefix": [ok for g in prefixed for ok in g.correct],  # do prefixes help?
         "reward/accuracy_whole": [ok for g in whole for ok in g.correct],

@@ -94,7 +94,7 @@ def measure(out: Path) -> dict:
               "accuracy": [m["eval/accuracy"] for m in points]}
     for name in ("time/rollout_s", "time/update_s", "tokens/trained", "tokens/forwarded", "group/sampled"):
         record[name] = sum(m.get(name, 0) for m in metrics)
-    read = sum(m["group/sampled"] * m["response/prefix_length"] for m in metrics[1:])
+    read = sum(m["group/sampled"] * m.get("response/prefix_length", 0) for m in metrics[1:])
     read += sum(m["tokens/read"] for m in metrics[1:])
     return record | {"tokens/read": read, "pass@1": record["accuracy"][-1]}
 
