@@ -94,11 +94,12 @@ def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
     return rng.random() < max(0.05, (2 * wrong_pays) ** 2)
 
 
-def pays(correct: Sequence[bool]) -> bool:
-    """Is a group right often enough for its prefix to be sound? Else it is not trained on. [RPO-9]
-    After a mistake the right answer takes another that makes up for it, which is rare: half is asked for.
-    With less (half of what a sound prefix leaves: 3 of 8 and fewer), a weak policy learned such mistakes."""
-    return 2 * sum(correct) >= len(correct)
+def least_right(entry: Entry, group_size: int) -> int:
+    """How many responses of a group must be right for its prefix to pay? Else it is not trained on. [RPO-9]
+    One, after what the policy follows of a correct path: it might have written that prefix itself. In a wrong
+    path, half: after a mistake the right answer takes another that makes up for it, which is rare. With less,
+    a weak policy learned such mistakes."""
+    return 1 if entry.correct else (group_size + 1) // 2
 
 
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:

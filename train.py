@@ -15,7 +15,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] the cut is where the policy would leave the path                 cache.py:branch_cuts
 # [RPO-7] visits that would repeat the path, or fail again, are skipped    cache.py:fail_probability
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:is_trusted, pays
+# [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:is_trusted, least_right
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
 # [RPO-11] a step of few groups and short suffixes counts less             rpo.py:step_weight
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit as often as the policy would follow its path, or fail "
                                       "again; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    prefix_gate: bool = option(True, "train on a prefix only if half of its group is right, else give its "
-                                     "path up; off, as in the paper, a weak policy gets worse")
+    prefix_gate: bool = option(True, "train on a prefix only if one of its group is right (of a wrong path: "
+                                     "half), else give it up; off, as in the paper, a weak policy gets worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -230,7 +230,9 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
-            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, c.prefix_gate)
+            least = [cache.least_right(state.paths[p.id], c.group_size) if prefix and c.prefix_gate else 0
+                     for p, _, prefix in visits]
+            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, least)
             state.visits, seen, again = visited.stop, seen | {p.id for p in problems}, []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
@@ -346,7 +348,7 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
     visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in paths]
     requests = requests_of(visits, 1, c.max_response, (c.seed, step, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
-    groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
+    groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, [0] * len(visits))
     return paths, {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]),
                                              step) for g in groups}
 
@@ -389,9 +391,9 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
-                rule: rewards.RewardRule, gate: bool = False) -> list[Group]:
+                rule: rewards.RewardRule, least: Sequence[int]) -> list[Group]:
     """The visits with their suffixes, graded and rewarded as whole responses, each on one rank.
-    gate: must prefixes pay?"""
+    least: how many of each group must be right for its prefix to pay."""
     groups, mine = {}, share([sum(len(s.ids) for s in row) for row in suffixes])
     with agreed(rewards.RewardFileError):
         texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
@@ -402,10 +404,9 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
             (problem, prompt, prefix), row = visits[i], suffixes[i]
             correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
             paid, parts = rewards.reward(problem, texts[i], lengths, correct, rule)
-            pays = not prefix or not gate or cache.pays(correct)
             groups[i] = Group(problem, prompt, prefix, requests[i].budget, [s.ids for s in row],
                               [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts,
-                              pays)
+                              sum(correct) >= least[i])
     groups = gather(groups)
     return [groups[i] for i in range(len(visits))]
 
