@@ -1964,6 +1964,19 @@ def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
             assert abs(paths.count(False) - count / 2) < 1.5 * math.sqrt(count) < count / 2
 
 
+@pytest.mark.parametrize("right, pays", [(True, 1), (False, 0)])
+def test_one_right_suffix_is_enough_after_a_correct_path(tmp_path, monkeypatch, right, pays):
+    """Half was asked for, too, and the hardest tokens of correct paths were not learned."""
+    options, _ = solved(tmp_path / "p.jsonl", 8)
+    monkeypatch.setattr(rewards, "grade", lambda responses, checker: [
+        right if text == problem.solution else i % 4 == 0 for i, (problem, text) in enumerate(responses)])
+    (metrics,) = run_with(tmp_path / "run", *options, "--steps", "1", "--dynamic-rounds", "1", "--max-response",
+                          "60", "--problems-per-step", "8", "--group-size", "4", "--max-cut", "1.0",
+                          "--cut-position", "uniform", "--no-skip-certain")
+    assert metrics["visits/prefix"] > 0 and metrics["group/paying_fraction"] == pays
+    assert metrics["group/trained"] == metrics["visits/whole"] + pays * metrics["visits/prefix"]
+
+
 def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path):
     """On a weak policy an epoch is long: until then the few correct paths were of no use."""
     def group(name: str, prefix: list[int], *right: bool) -> rewards.Group:
