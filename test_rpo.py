@@ -1970,9 +1970,9 @@ def test_one_right_suffix_is_enough_after_a_correct_path(tmp_path, monkeypatch, 
     options, _ = solved(tmp_path / "p.jsonl", 8)
     monkeypatch.setattr(rewards, "grade", lambda responses, checker: [
         right if text == problem.solution else i % 4 == 0 for i, (problem, text) in enumerate(responses)])
-    (metrics,) = run_with(tmp_path / "run", *options, "--steps", "1", "--dynamic-rounds", "1", "--max-response",
-                          "60", "--problems-per-step", "8", "--group-size", "4", "--max-cut", "1.0",
-                          "--cut-position", "uniform", "--no-skip-certain")
+    (metrics,) = run_with(tmp_path / "run", *options, "--steps", "1", "--dynamic-rounds", "1",
+                          "--max-response", "60", "--problems-per-step", "8", "--group-size", "4",
+                          "--max-cut", "1.0", "--cut-position", "uniform", "--no-skip-certain")
     assert metrics["visits/prefix"] > 0 and metrics["group/paying_fraction"] == pays
     assert metrics["group/trained"] == metrics["visits/whole"] + pays * metrics["visits/prefix"]
 
