@@ -76,16 +76,21 @@ def cut_wrong(entry: Entry, logprobs: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmin(logprobs))]
 
 
-GOOD, WEAK = 0.5, 0.2  # pass rates from bare prompts. [RPO-9]
 NO_PATH = Entry([], 0.0, False, 0, 0)  # of a problem whose next visit starts from the bare prompt
 
 
-def is_trusted(trusted: bool, pass_rate: float) -> bool:
-    """Are paths continued? Not before the policy is right as often as it is wrong, nor below a fifth. [RPO-9]
-    Until then a step is that of plain GRPO / DAPO: of a weak policy's correct paths, too many are so by two
-    mistakes, and it would learn more of them. The rate falls afterwards, because then whole responses go to
-    the problems that failed before."""
-    return pass_rate >= (WEAK if trusted else GOOD)
+def visit_rate(entry: Entry, prefix: Sequence[int] | None, correct: Sequence[bool],
+               max_cut: int | float) -> float:
+    """The policy's pass rate from the bare prompt, by one visit: right on average over cuts, not each time.
+    prefix: None of a skipped visit, for which the path stands, that the policy would have repeated. correct:
+    of the group otherwise. A cut that is taken with the chance of L to the tokens left counts as often more.
+    """
+    if prefix is None:
+        return float(entry.correct)
+    wrong = 1 - sum(correct) / len(correct)
+    if entry.correct:
+        wrong *= max(1, (len(entry.response_ids) - len(prefix)) / longest_cut(entry, max_cut))
+    return 1 - wrong
 
 
 def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:

@@ -1733,9 +1733,7 @@ def signals(step: int, count: int) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache, "GOOD", 0.0)  # prefixes from the second step on
-        assert train.main([*QUICK, "--out", str(out)]) == 0
+    assert train.main([*QUICK, "--out", str(out)]) == 0
     return out
 
 
@@ -1763,7 +1761,7 @@ def test_visits_are_counted_by_kind(finished):
     for m in lines_of(finished / "metrics.jsonl")[1:]:
         prefixed, whole = m["visits/prefix"], m["visits/whole"]
         assert prefixed + whole == m["group/sampled"]
-        assert 3 <= prefixed + whole + m["visits/skipped"] <= 9  # 3, of which one is sampled: then 4 * 3 / 2
+        assert 3 <= prefixed + whole + m["visits/skipped"] <= 15  # 3, none of them sampled: then 4 * 3
         both = [m.get(f"reward/accuracy_{kind}", 0.0) for kind in ("prefix", "whole")]
         right = both[0] * prefixed + both[1] * whole
         assert right == pytest.approx(m["reward/accuracy"] * (prefixed + whole))
@@ -1959,9 +1957,18 @@ def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
         (metrics,) = run_with(tmp_path / name, *options, rule)
         paths = [bool(r["response_ids"]) for r in lines_of(tmp_path / name / "cache.jsonl")[1:]]
         assert sum(paths) == (60 if name == "off" else metrics["visits/whole"])  # cut before their first token
-        if name == "on":  # half of the others, the pass rate at first, get a fresh path at their next visit
+        if name == "on":  # half of the others (n = 0 in Laplace's rule) get a fresh path at their next visit
             count = metrics["visits/prefix"]
             assert abs(paths.count(False) - count / 2) < 1.5 * math.sqrt(count) < count / 2
+
+
+def test_wrong_paths_of_a_weak_policy_are_seldom_continued_from_the_start(tmp_path):
+    """All were, until a share of their prefixes had failed: SmolLM2's first step took twice as long."""
+    problems = [{**p, "answer": "1/31337"} for p in lines_of(TINY / "train.jsonl")[:40]]
+    (metrics,) = run_with(tmp_path / "run", "--data", write(tmp_path / "p.jsonl", *problems), "--steps", "1",
+                          "--problems-per-step", "40", "--group-size", "2", "--max-response", "20",
+                          "--dynamic-rounds", "1", "--cache-init-chunk", "40", "--no-skip-certain")
+    assert metrics["visits/prefix"] + metrics["visits/whole"] == 40 and metrics["visits/prefix"] <= 6  # 2 of 40
 
 
 @pytest.mark.parametrize("right, pays", [(True, 1), (False, 0)])
@@ -1986,12 +1993,10 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
     groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
               group("d", [5], True, False), group("e", [], False, True)]
     config = train.parse_config([*QUICK, "--problems-per-step", "4"])
-    state = train.State(trusted=True)
-    assert train.found(config, state, groups) == ["a", "e"]
-    assert train.found(replace(config, problems_per_step=3), state, groups) == ["a"]  # half of a step at most
+    assert train.found(config, groups) == ["a", "e"]
+    assert train.found(replace(config, problems_per_step=3), groups) == ["a"]  # half of a step at most
     for other in (replace(config, prefix_gate=False), replace(config, rollout="full")):
-        assert train.found(other, state, groups) == []
-    assert train.found(config, replace(state, trusted=False), groups) == []  # all are whole again
+        assert train.found(other, groups) == []
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
     plain = [p.id for p in train.problems_of(problems, 0, range(5))]
     left = next(p.id for p in problems if p.id not in plain)
@@ -2029,29 +2034,24 @@ def test_a_step_visits_no_problem_twice(tmp_path):
     assert metrics["group/sampled"] == 2 and metrics["group/missing"] == 2
 
 
-def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
-    """Right answers by luck got into the cache: SmolLM2 went from 33 % to 8 % on sums. Of 24 problems, 20
-    cannot be solved: the metrics and the policy are those of full paths, to the bit."""
-    problems = lines_of(TINY / "train.jsonl")[:24]
-    problems = [p if i < 4 else {**p, "answer": "1/31337"} for i, p in enumerate(problems)]
-    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--steps", "2", "--problems-per-step", "12",
-               "--group-size", "2", "--length-reward", "0", "--lr", "1e-4"]
-    full, weak = (run_with(tmp_path / kind, *options, "--rollout", kind) for kind in ("full", "rpo"))
-    assert full[0]["group/trained"] > 0 and same_weights(tmp_path / "full/policy", tmp_path / "rpo/policy")
-    for ours, theirs in zip(weak, full):
-        same = [name for name in theirs if not name.startswith((*TIMINGS, "cache/entries"))]
-        assert [ours[name] for name in same] == [theirs[name] for name in same] and "reward/mean" in same
-    monkeypatch.setattr(cache, "GOOD", 0.3)  # 0.5 at first: the first step is whole in any case, then 0.37
-    first, second = run_with(tmp_path / "good", *options)
-    assert first["visits/whole"] == 24 and second["visits/prefix"] > 0
-    rates = ((False, 0.49, False), (False, 0.5, True), (True, 0.2, True), (True, 0.19, False))
-    monkeypatch.undo()
-    assert [cache.is_trusted(before, rate) for before, rate, _ in rates] == [after for *_, after in rates]
-    config = train.parse_config(QUICK)
-    for rollout_, gate, trusted, goes_on in (("rpo", True, False, False), ("rpo", True, True, True),
-                                             ("rpo", False, False, True), ("full", False, True, False)):
-        config = replace(config, rollout=rollout_, prefix_gate=gate)
-        assert train.continues(config, train.State(trusted=trusted)) == goes_on
+def test_visits_show_the_pass_rate_from_the_bare_prompt():
+    """It was measured on problems that had failed before: 0.18 where 0.83 of whole responses were right.
+    On average over the cuts of a correct path: the chance that the policy repeats it, and for each token where
+    it may leave, that chance times the share that is right from there on."""
+    follow, shares = np.array([0.9, 0.2, 0.5, 1.0, 0.4, 0.8]), (0.0, 0.25, 0.75, 0.5, 1.0, 0.25)
+    path = cache.Entry([4] * 6, 1.0, True, 6, 0)
+    leaves = np.cumprod([1, *follow])[:6] * (1 - follow)  # before each token
+    truth = follow.prod() + leaves @ shares
+    for max_cut in (2, 0.5, 1.0):
+        chances = cache.branch_cuts(np.log(follow), cache.longest_cut(path, max_cut))
+        rates = [cache.visit_rate(path, [4] * kept, [i < 4 * x for i in range(4)], max_cut)
+                 for kept, x in enumerate(shares)]
+        mean = chances @ rates + (1 - chances.sum()) * cache.visit_rate(path, None, [], max_cut)
+        assert mean == pytest.approx(truth, abs=1e-9)
+    wrong = replace(path, correct=False)
+    assert cache.visit_rate(wrong, None, [], 2) == 0  # skipped because it would fail again
+    for entry, prefix in ((wrong, [4]), (wrong, []), (path, [4] * 4), (cache.NO_PATH, [])):
+        assert cache.visit_rate(entry, prefix, [True, False, False, False], 2) == 0.25
 
 
 def test_problems_are_drawn_by_the_seed():
