@@ -1733,7 +1733,9 @@ def signals(step: int, count: int) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main([*QUICK, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "GOOD", 0.0)  # prefixes from the first step on
+        assert train.main([*QUICK, "--out", str(out)]) == 0
     return out
 
 
@@ -1962,15 +1964,6 @@ def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
             assert abs(paths.count(False) - count / 2) < 1.5 * math.sqrt(count) < count / 2
 
 
-def test_wrong_paths_of_a_weak_policy_are_seldom_continued_from_the_start(tmp_path):
-    """All were, until a share of their prefixes had failed: SmolLM2's first step took twice as long."""
-    problems = [{**p, "answer": "1/31337"} for p in lines_of(TINY / "train.jsonl")[:40]]
-    (metrics,) = run_with(tmp_path / "run", "--data", write(tmp_path / "p.jsonl", *problems), "--steps", "1",
-                          "--problems-per-step", "40", "--group-size", "2", "--max-response", "20",
-                          "--dynamic-rounds", "1", "--cache-init-chunk", "40", "--no-skip-certain")
-    assert metrics["visits/prefix"] + metrics["visits/whole"] == 40 and metrics["visits/prefix"] <= 6  # 2 of 40
-
-
 @pytest.mark.parametrize("right, pays", [(True, 1), (False, 0)])
 def test_one_right_suffix_is_enough_after_a_correct_path(tmp_path, monkeypatch, right, pays):
     """Half was asked for, too, and the hardest tokens of correct paths were not learned."""
@@ -1993,10 +1986,12 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
     groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
               group("d", [5], True, False), group("e", [], False, True)]
     config = train.parse_config([*QUICK, "--problems-per-step", "4"])
-    assert train.found(config, groups) == ["a", "e"]
-    assert train.found(replace(config, problems_per_step=3), groups) == ["a"]  # half of a step at most
+    state = train.State(pass_rate=1.0)
+    assert train.found(config, state, groups) == ["a", "e"]
+    assert train.found(replace(config, problems_per_step=3), state, groups) == ["a"]  # half of a step at most
     for other in (replace(config, prefix_gate=False), replace(config, rollout="full")):
-        assert train.found(other, groups) == []
+        assert train.found(other, state, groups) == []
+    assert train.found(config, replace(state, pass_rate=0.1), groups) == []  # all are whole again
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(10)]
     plain = [p.id for p in train.problems_of(problems, 0, range(5))]
     left = next(p.id for p in problems if p.id not in plain)
@@ -2032,6 +2027,31 @@ def test_a_step_visits_no_problem_twice(tmp_path):
                           "full", "--steps", "1", "--dynamic-rounds", "3", "--problems-per-step", "2",
                           "--max-response", "30")
     assert metrics["group/sampled"] == 2 and metrics["group/missing"] == 2
+
+
+def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
+    """Right answers by luck got into the cache: SmolLM2 went from 33 % to 8 % on sums. Of 24 problems, 20
+    cannot be solved: the metrics and the policy are those of full paths, to the bit."""
+    problems = lines_of(TINY / "train.jsonl")[:24]
+    problems = [p if i < 4 else {**p, "answer": "1/31337"} for i, p in enumerate(problems)]
+    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--steps", "2", "--problems-per-step", "12",
+               "--group-size", "2", "--length-reward", "0", "--lr", "1e-4"]
+    full, weak = (run_with(tmp_path / kind, *options, "--rollout", kind) for kind in ("full", "rpo"))
+    assert full[0]["group/trained"] > 0 and same_weights(tmp_path / "full/policy", tmp_path / "rpo/policy")
+    for ours, theirs in zip(weak, full):
+        same = [name for name in theirs if not name.startswith((*TIMINGS, "cache/entries"))]
+        assert [ours[name] for name in same] == [theirs[name] for name in same] and "reward/mean" in same
+    monkeypatch.setattr(cache, "GOOD", 0.2)  # of the 24 visits of the first step, four can be right
+    first, second = run_with(tmp_path / "weak", *options)
+    assert first["visits/whole"] == 24 and second["visits/prefix"] == 0
+    monkeypatch.setattr(cache, "GOOD", 0.02)
+    first, second = run_with(tmp_path / "good", *options)
+    assert first["visits/whole"] == 24 and first["cache/pass_rate"] < 0.2 and second["visits/prefix"] > 0
+    config = train.parse_config(QUICK)
+    for rollout_, gate, rate, goes_on in (("rpo", True, 0.19, False), ("rpo", True, 0.2, True),
+                                          ("rpo", False, 0.0, True), ("full", False, 1.0, False)):
+        config = replace(config, rollout=rollout_, prefix_gate=gate)
+        assert train.continues(config, train.State(pass_rate=rate)) == goes_on
 
 
 def test_visits_show_the_pass_rate_from_the_bare_prompt():

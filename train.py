@@ -15,7 +15,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] the cut is where the policy would leave the path                 cache.py:branch_cuts
 # [RPO-7] visits that would repeat the path, or fail again, are skipped    cache.py:fail_probability
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-9] a prefix must pay, else it is not trained on, its path given up  cache.py:least_right, goes_on
+# [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:GOOD, least_right
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
 # [RPO-11] a step of few groups and short suffixes counts less             rpo.py:step_weight
 from __future__ import annotations
@@ -150,7 +150,8 @@ class State:
     """What changes during a run: with weights and optimiser, exactly what a checkpoint holds."""
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
-    wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid: a running mean
+    pass_rate: float = 0.0  # from bare prompts, as visits show it: a running mean
+    wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
     again: list[str] = field(default_factory=list)  # problems whose whole responses were partly right
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
@@ -209,14 +210,12 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             visited = range(state.visits, state.visits + count - len(again))
             problems = [p for p in problems_of(task.problems, c.seed, visited, again) if p.id not in seen]
             prefixes = [[] for _ in problems]  # of full paths
-            if c.rollout == "rpo":
+            if continues(c, state):
                 # 1. paths: problems that have none get one, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
                     chunk = problems_ahead(c, task.problems, problems, state.visits, state.paths)
                     early = task if state.visits < len(task.problems) else task._replace(solutions={})
                     given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory)
-                    if fresh and not state.visits:  # a guess, until such prefixes were tried
-                        state.wrong_pays = min(0.5, np.mean([path.correct for path in fresh.values()]).item())
                     state.paths |= given | fresh
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
@@ -244,7 +243,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         clock.append(time.perf_counter())
         # 5. advantages within each group; 6. log-probs; 7. one clipped step on the suffix tokens
         missing = dynamic * (c.problems_per_step - len(trained))
-        weight = rpo.step_weight(trained, missing) if c.prefix_gate and c.rollout == "rpo" else 1
+        weight = rpo.step_weight(trained, missing) if c.prefix_gate and continues(c, state) else 1
         advantages = [[weight * a for a in rpo.group_advantages(g.rewards, objective.advantage)]
                       for g in trained]
         lr = set_lr(optimizer, c, step)
@@ -269,14 +268,17 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             else:  # or a fresh path, which costs less where it is right
                 del state.paths[g.problem.id]
         skipped = [cut[i] for i in seen - {g.problem.id for g in sampled}]
-        state = count_visits(state, sampled, first, cut)
-        state.again = found(c, sampled)
+        state = count_visits(c, state, sampled, skipped, first, cut)
+        if continues(c, state) != continues(c, before):
+            tqdm.write(f"step {step}: {state.pass_rate:.0%} of the responses from bare prompts are right: "
+                       f"steps now {'continue cached paths' if continues(c, state) else 'are of full paths'}")
+        state.again = found(c, state, sampled)
         write_samples(out, step, sampled, task.tokenizer)
         state.metrics = {"step": step, "policy/lr": lr, "policy/step_weight": weight, **updated,
                          "tokens/read": tokens_read,
                          "reward/refused": sum(gather({ranks()[0]: rule.checker.refused - refused}).values()),
                          "group/missing": missing,
-                         **group_metrics(c, state, first, sampled, trained, skipped, cut),
+                         **group_metrics(state, first, sampled, trained, len(seen), cut),
                          **cost_metrics(state, before, clock, policy.device)}
         state.step, state.seconds = step, time.perf_counter() - start
         state.log_bytes = {name: (out / name).stat().st_size for name in LOGS if (out / name).exists()}
@@ -327,6 +329,11 @@ def problems_ahead(c: Config, problems: Sequence[Problem], now: Sequence[Problem
     sampled at once."""
     ahead = [*now, *problems_of(problems, c.seed, range(visits, visits + len(problems)))]
     return [p for p in {p.id: p for p in ahead}.values() if p.id not in paths][:c.cache_init_chunk or None]
+
+
+def continues(c: Config, state: State) -> bool:
+    """Are paths continued in this step? If not, all visits get whole responses."""
+    return c.rollout == "rpo" and (state.pass_rate >= cache.GOOD or not c.prefix_gate)
 
 
 def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, policy: Policy,
@@ -451,20 +458,17 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
-def group_metrics(c: Config, state: State, first: list[cache.Entry], sampled: list[Group],
-                  trained: list[Group], skipped: list[cache.Entry], cut: Paths) -> dict[str, float]:
+def group_metrics(state: State, first: list[cache.Entry], sampled: list[Group], trained: list[Group],
+                  tried: int, cut: Paths) -> dict[str, float]:
     """A metric is one line here and one in docs/metrics.md; the mean of nothing is left out.
-    first: paths sampled in the step. skipped: those of skipped visits. cut: the cache before it."""
+    first: paths sampled in the step. tried: its visits. cut: the cache before it."""
     prefixed, whole = ([g for g in sampled if bool(g.prefix) == x] for x in (True, False))
     kept = [path for path in state.paths.values() if path.response_ids]
-    visits = [(path, None, []) for path in skipped] + [
-        (cut.get(g.problem.id, cache.NO_PATH), g.prefix, g.correct) for g in sampled]
     means = {
         "reward/mean": [r for g in sampled for r in g.rewards],
         **{f"reward/{name}": [x for g in sampled for x in g.parts[name]]
            for group in sampled[:1] for name in group.parts},
         "reward/accuracy": [ok for g in sampled for ok in g.correct],
-        "reward/pass_rate": [cache.visit_rate(*visit, cache.parse_max_cut(c.max_cut)) for visit in visits],
         "reward/accuracy_prefix": [ok for g in prefixed for ok in g.correct],  # do prefixes help?
         "reward/accuracy_whole": [ok for g in whole for ok in g.correct],
         "group/zero_std_fraction": [len(set(g.correct)) == 1 for g in sampled],
@@ -479,33 +483,40 @@ def group_metrics(c: Config, state: State, first: list[cache.Entry], sampled: li
         "cache/reward": [path.reward for path in kept], "cache/correct": [path.correct for path in kept]}
     return {"group/sampled": len(sampled), "group/trained": len(trained), "visits/first_path": len(first),
             "visits/whole": len(whole), "visits/prefix": len(prefixed),
-            "visits/skipped": len(skipped), "cache/entries": len(kept),
+            "visits/skipped": tried - len(sampled), "cache/entries": len(kept),
+            "cache/pass_rate": state.pass_rate,
             **{name: float(np.mean(values)) for name, values in means.items() if values}}
 
 
-def found(c: Config, groups: Sequence[Group]) -> list[str]:
+def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
     """Problems whose whole responses were right and wrong: the next step continues their new path. [RPO-10]
     A weak policy has few correct paths, and what follows most of one is right often enough to learn from.
     They are half of a step at most."""
     both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
-    return both[:c.problems_per_step // 2] if c.prefix_gate and c.rollout == "rpo" else []
+    return both[:c.problems_per_step // 2] if c.prefix_gate and continues(c, state) else []
 
 
-def follow(share: float, seen: Sequence[bool], memory: int) -> float:
+def follow(share: float, seen: Sequence[float], memory: int) -> float:
     """A running mean over about the last `memory` of what was seen."""
     return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
 
 
-def count_visits(state: State, groups: list[Group], first: list[cache.Entry], cut: Paths) -> State:
-    """The state with the visits of a step, the tokens generated for them, and how often wrong prefixes paid.
-    first: paths sampled in it. cut: the cache before it."""
+def count_visits(c: Config, state: State, groups: list[Group], skipped: list[cache.Entry],
+                 first: list[cache.Entry], cut: Paths) -> State:
+    """The state with the visits of a step, the tokens generated for them, and how often they were right.
+    skipped: paths of skipped visits. first: paths sampled in the step. cut: the cache before it."""
     new = {"first_path": [len(path.response_ids) for path in first],
            "whole": [sum(map(len, g.suffixes)) for g in groups if not g.prefix],
            "prefix": [sum(map(len, g.suffixes)) for g in groups if g.prefix]}
     old = {kind: state.kinds.get(kind, [0, 0]) for kind in new}
     kinds = {kind: [old[kind][0] + len(new[kind]), old[kind][1] + sum(new[kind])] for kind in new}
+    paths = cut if continues(c, state) else {}
+    visits = [(path, None, []) for path in skipped] + [
+        (paths.get(g.problem.id, cache.NO_PATH), g.prefix, g.correct) for g in groups]
+    rates = [cache.visit_rate(*visit, cache.parse_max_cut(c.max_cut)) for visit in visits]
     paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
-    return replace(state, kinds=kinds, wrong_pays=follow(state.wrong_pays, paid, 20))
+    return replace(state, kinds=kinds, wrong_pays=follow(state.wrong_pays, paid, 20),
+                   pass_rate=follow(state.pass_rate, rates, max(0, min(64, state.visits - len(rates)))))
 
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
@@ -729,7 +740,7 @@ def prepare(c: Config) -> tuple[object, tuple]:
     group = rollout.group_bytes(shape.config, c.max_prompt + c.max_response, c.max_response, c.group_size,
                                 policy.dtype)
     rollout.slots(*group, c.group_size, rollout_memory(c, policy))
-    state = load_state(checkpoint, task) if checkpoint else State()
+    state = load_state(checkpoint, task) if checkpoint else State(pass_rate=float(bool(task.solutions)))
     return lock, (out, task, policy, ref_policy, make_optimizer(policy, c, checkpoint), rule, state)
 
 
