@@ -2075,6 +2075,23 @@ def test_visits_show_the_pass_rate_from_the_bare_prompt():
         assert cache.visit_rate(entry, prefix, [True, False, False, False], 2) == 0.25
 
 
+def test_the_pass_rate_counts_all_visits_of_a_step():
+    config = train.parse_config([*QUICK, "--max-cut", "5"])
+    path = cache.Entry([4] * 20, 1.0, True, 20, 0)
+    problems = [data.Problem(name, "?", "1") for name in "ab"]
+    groups = [rewards.Group(problems[0], [1], [4] * 10, 9, [[2]] * 4, [[-1.0]] * 4, [True] * 4,
+                            [True, True, True, False], [0.0] * 4),  # 1 - 2 / 8: 10 tokens are left, L is 5
+              rewards.Group(problems[1], [1], [], 9, [[2]] * 4, [[-1.0]] * 4, [True] * 4,
+                            [True, False, False, False], [0.0] * 4)]  # 1 / 4
+    cut, skipped = {"a": path}, [path, cache.NO_PATH]  # 1 and 0
+    state = train.count_visits(config, train.State(visits=4, pass_rate=0.9), groups, skipped, [], cut)
+    assert state.pass_rate == pytest.approx((0.5 + 0.25 + 1 + 0) / 4)  # 0.9 is of no visit
+    state = train.count_visits(config, train.State(visits=1004, pass_rate=0.9), groups, skipped, [], cut)
+    assert state.pass_rate == pytest.approx((64 * 0.9 + 1.75) / 68)
+    state = train.count_visits(config, train.State(visits=4, pass_rate=0.1), groups, [], [], cut)
+    assert state.pass_rate == pytest.approx((2 * 0.1 + 0.75 + 0.25) / 4)  # whole steps: of two visits, none skipped
+
+
 def test_problems_are_drawn_by_the_seed():
     whole, _ = train.split_problems(config := train.parse_config([*QUICK, "--problems", "5"]), TINY)
     drawn = [{p.id for p in train.make_task(replace(config, seed=seed), whole, whole[:1], TINY).problems}
