@@ -2237,8 +2237,9 @@ def test_a_broken_reward_file_is_one_sentence(text, word, tmp_path, capsys):
     assert "--reward-file" in message and word in message and not (tmp_path / "out").exists()
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, capsys):
+def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, capsys, monkeypatch):
     """The checkpoint of a step was lost once: it was saved after an evaluation that failed."""
+    monkeypatch.setattr(cache, "GOOD", 0.0)  # as in `finished`
     out = tmp_path / "run"
     for step in (1, 2):
         own = reward_file(tmp_path / "stop.py", out, signals(step, 1))
@@ -2272,8 +2273,9 @@ def test_a_second_signal_ends_the_run_at_once_and_it_begins_anew(tmp_path):
     assert [m["step"] for m in lines_of(out / "metrics.jsonl")] == [1, 2]
 
 
-def test_a_run_made_longer_ends_with_the_bits_of_a_long_one(finished, tmp_path):
+def test_a_run_made_longer_ends_with_the_bits_of_a_long_one(finished, tmp_path, monkeypatch):
     """First paths were drawn ahead by the number of steps: --resume with more --steps gave other weights."""
+    monkeypatch.setattr(cache, "GOOD", 0.0)  # as in `finished`
     out = tmp_path / "run"
     assert train.main([*QUICK, "--steps", "2", "--out", str(out)]) == 0
     assert train.main(["--resume", str(out), "--steps", "3"]) == 0
