@@ -2057,8 +2057,8 @@ def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
 
 def test_visits_show_the_pass_rate_from_the_bare_prompt():
     """It was measured on problems that had failed before: 0.18 where 0.83 of whole responses were right.
-    On average over the cuts of a correct path: the chance that the policy repeats it, and for each token where
-    it may leave, that chance times the share that is right from there on."""
+    On average over the cuts of a correct path: the chance that the policy repeats it, and for each token
+    where it may leave, that chance times the share that is right from there on."""
     follow, shares = np.array([0.9, 0.2, 0.5, 1.0, 0.4, 0.8]), (0.0, 0.25, 0.75, 0.5, 1.0, 0.25)
     path = cache.Entry([4] * 6, 1.0, True, 6, 0)
     leaves = np.cumprod([1, *follow])[:6] * (1 - follow)  # before each token
@@ -2089,7 +2089,7 @@ def test_the_pass_rate_counts_all_visits_of_a_step():
     state = train.count_visits(config, train.State(visits=1004, pass_rate=0.9), groups, skipped, [], cut)
     assert state.pass_rate == pytest.approx((64 * 0.9 + 1.75) / 68)
     state = train.count_visits(config, train.State(visits=4, pass_rate=0.1), groups, [], [], cut)
-    assert state.pass_rate == pytest.approx((2 * 0.1 + 0.75 + 0.25) / 4)  # whole steps: of two visits, none skipped
+    assert state.pass_rate == pytest.approx((2 * 0.1 + 0.75 + 0.25) / 4)  # a whole step
 
 
 def test_problems_are_drawn_by_the_seed():
