@@ -1,6 +1,7 @@
 """What RPO does on one GPU: decoding, the update, a whole step, against full paths. No downloads.
 
     python benchmarks/gpu.py            # one 80 GB GPU, random weights in the sizes of Qwen2.5-1.5B; minutes
+    python benchmarks/gpu.py --paper    # the same with paths as long as the paper's; whole steps only
     python benchmarks/gpu.py --toy      # a toy model, also on a CPU: shows only that this file works
 
 Prints a table for docs/gpu.md, then one JSON object. Responses end at a length that is drawn beforehand,
@@ -10,6 +11,7 @@ vLLM if it is installed; a row that fails says why.
 """
 import contextlib
 import gc
+import importlib.util
 import itertools
 import tempfile
 import time
@@ -28,12 +30,13 @@ from policy import Policy, Tree
 from rewards import Group
 
 SIZES = dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-             num_key_value_heads=2, vocab_size=151936, max_position_embeddings=4096, rope_theta=1e6,
+             num_key_value_heads=2, vocab_size=151936, max_position_embeddings=16384, rope_theta=1e6,
              tie_word_embeddings=True)
 TOY = SIZES | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                    vocab_size=1024)
 # problems, group size, prompt, mean path and suffix, longest, tokens of a forward, rows and steps of decoding
 WORK = (64, 8, 150, 800, 150, 3072, 16384, (64, 256, 512), 64)
+PAPER_WORK = (64, 8, 150, 2690, 150, 8192, 16384, (), 0)  # L = 300
 TOY_WORK = (3, 4, 8, 40, 10, 90, 512, (8, 16), 16)
 
 
@@ -101,6 +104,8 @@ def update(policy: Policy, optimizer: torch.optim.Optimizer, requests: list[roll
 
 def by_transformers(sizes: dict, requests: list[rollout.Request], device: torch.device) -> float:
     """Seconds of the same rows by continuous batching."""
+    if device.type == "cuda" and not importlib.util.find_spec("flash_attn"):
+        raise ImportError("needs flash-attn; with the attention of torch it does not end in minutes")
     model = random_model(sizes, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = GenerationConfig(do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
 
@@ -128,14 +133,17 @@ def by_vllm(sizes: dict, requests: list[rollout.Request], device: torch.device) 
 def main() -> None:
     command = parser(__doc__)
     command.add_argument("--toy", action="store_true")
+    command.add_argument("--paper", action="store_true")
     args = command.parse_args()
     sizes = TOY if args.toy else SIZES
-    problems, group, prompt, path, mean, longest, tokens, decode_rows, steps = TOY_WORK if args.toy else WORK
+    problems, group, prompt, path, mean, longest, tokens, decode_rows, steps = \
+        TOY_WORK if args.toy else PAPER_WORK if args.paper else WORK
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.toy:
         command.error("no GPU here: --toy shows that this file works")
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    print(f"{'toy' if args.toy else '1.5B'}, {machine()}, {card}, {problems} problems x {group} responses\n")
+    print(f"{'toy' if args.toy else '1.5B'}, {machine()}, {card}, {problems} problems x {group} responses; "
+          f"tokens of a prompt {prompt}, path {path}, suffix {mean}\n")
     print(head("what", "time", "peak GiB"))
     result = {}
 
