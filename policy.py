@@ -479,13 +479,17 @@ class Policy(torch.nn.Module):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """states (n, hidden) -> (n, V) float32, padded embedding rows included."""
-        head, dtype = self.model.get_output_embeddings(), self.head_dtype
-        if head.weight.dtype == dtype and dtype.itemsize >= 4:
+    def head_weight(self) -> torch.Tensor:
+        """The head's weight in the dtype of its products, to be cast once for all steps of decoding."""
+        return self.model.get_output_embeddings().weight.to(self.head_dtype)
+
+    def logits(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """states (n, hidden), weight: `head_weight` -> (n, V) float32, padded embedding rows included."""
+        head = self.model.get_output_embeddings()
+        if weight is head.weight and weight.dtype.itemsize >= 4:
             with torch.autocast(self.device.type, enabled=False):
-                return head(states.to(dtype))  # by its forward, which rollout.py:packed_weights replaces
-        return _logits(states.to(dtype), head.weight.to(dtype), head.bias)
+                return head(states.to(weight.dtype))  # its forward may be that of rollout.py:packed_weights
+        return _logits(states.to(weight.dtype), weight, head.bias)
 
     @torch.no_grad()
     def _verify(self) -> None:

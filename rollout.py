@@ -87,7 +87,7 @@ class Decoder:
     look = 1  # steps until the host looks at the tokens
 
     def __init__(self, policy: Policy, contexts: int, rows: int, context_len: int, suffix_len: int):
-        self.policy, self.device = policy, policy.device
+        self.policy, self.device, self.head = policy, policy.device, policy.head_weight()
         self.sizes = (contexts, rows, context_len, suffix_len)
         self.context_kv: torch.Tensor | None = None  # (2, layers, contexts, H_kv, context_len, D)
         self.suffix_kv: torch.Tensor | None = None  # (2, layers, rows, H_kv, suffix_len, D)
@@ -118,7 +118,7 @@ class Decoder:
             store = functools.partial(self._store_contexts, [self.names.index(name) for name in part])
             layout = Packed(batch, self.policy.kernel, store)
             states = self.policy.states(batch.input_ids, batch.position_ids, layout)
-            logits.append(self.policy.logits(states[batch.index[:, 0]]))
+            logits.append(self.policy.logits(states[batch.index[:, 0]], self.head))
         return torch.cat(logits)
 
     def _store_contexts(self, slots: list[int], spans: list[Span], layer: int, key: torch.Tensor,
@@ -143,7 +143,7 @@ class Decoder:
         positions = [self.context_lens[slot] + n for slot, n in zip(self.owner, self.lens)]
         self._start_step()
         states = self.policy.states(ids[:, None], torch.tensor(positions, device=self.device)[:, None], self)
-        return self.policy.logits(states)
+        return self.policy.logits(states, self.head)
 
     def drop(self, rows: set[int], names: set[int]) -> list[int]:
         """Drop these rows and all contexts but `names`; which old row each new one was."""
@@ -331,7 +331,7 @@ class PagedDecoder(Decoder):
         positions = (context_lens + lens).long().clamp(max=self.window - 1)  # after its end a row goes on
         states = self.policy.states(self.ids[:bucket, None], positions[:, None], self)
         lens += 1
-        return self.policy.logits(states)
+        return self.policy.logits(states, self.head)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                scaling: float) -> torch.Tensor:

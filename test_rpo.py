@@ -245,6 +245,7 @@ class Calls(TorchDispatchMode):
 def test_a_step_in_static_shapes_never_waits_for_the_device_and_casts_no_weight():
     model = random_model("Qwen2", hidden_size=24, vocab_size=300)  # no activation has the shape of a weight
     policy = Policy(model, 290, torch.bfloat16)
+    policy.fused = False  # as on CUDA, where the head computes in bfloat16
     policy.paged_attention = lambda query, *rest: (query, query[..., 0].float())  # the emulated one does wait
     context = [3, 4, 5]
     decoder = rollout.PagedDecoder(policy, [rollout.Request(context, 9, [(0,)] * 5)], 1.0)
@@ -575,7 +576,7 @@ def test_scores_and_logits_are_float32_before_the_softmax():
     states = torch.randn(3, 32, generator=generator)
     with policy.autocast():
         _, lse = policies.partial_attention(query, key, key, 0.3, None, False)
-        logits = policy.logits(states)
+        logits = policy.logits(states, policy.head_weight())
     scores = query.double() @ key.double().repeat_interleave(2, 1).mT * 0.3
     assert torch.allclose(lse.double(), scores.logsumexp(-1), rtol=1e-6)
     assert torch.allclose(logits, states @ policy.model.lm_head.weight.T, rtol=1e-5)
