@@ -76,7 +76,7 @@ def cut_wrong(entry: Entry, logprobs: np.ndarray) -> list[int]:
     return entry.response_ids[:int(np.argmin(logprobs))]
 
 
-GOOD = 1 / 3  # pass rate from bare prompts from which on paths are continued. [RPO-9]
+GOOD = 1 / 2  # pass rate from bare prompts from which on paths are continued. [RPO-9]
 NO_PATH = Entry([], 0.0, False, 0, 0)  # of a problem whose next visit starts from the bare prompt
 
 

@@ -2050,7 +2050,7 @@ def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
     assert first["visits/whole"] == 24 and first["cache/pass_rate"] < 0.2 and second["visits/prefix"] > 0
     monkeypatch.undo()
     config = train.parse_config(QUICK)
-    for rollout_, gate, rate, goes_on in (("rpo", True, 0.33, False), ("rpo", True, 0.34, True),
+    for rollout_, gate, rate, goes_on in (("rpo", True, 0.49, False), ("rpo", True, 0.5, True),
                                           ("rpo", False, 0.0, True), ("full", False, 1.0, False)):
         config = replace(config, rollout=rollout_, prefix_gate=gate)
         assert train.continues(config, train.State(pass_rate=rate)) == goes_on
