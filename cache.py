@@ -70,14 +70,8 @@ def fail_probability(entry: Entry, group_size: int) -> float:
     return (1 - 1 / (entry.failed + 2)) ** group_size
 
 
-def cut_wrong(entry: Entry, logprobs: np.ndarray) -> list[int]:
-    """The kept prefix of a wrong path: what precedes its least likely token, often a mistake. [RPO-9]
-    logprobs: of the path's tokens under the policy."""
-    return entry.response_ids[:int(np.argmin(logprobs))]
-
-
 GOOD = 1 / 2  # pass rate from bare prompts from which on paths are continued. [RPO-9]
-NO_PATH = Entry([], 0.0, False, 0, 0)  # of a problem whose next visit starts from the bare prompt
+NO_PATH = Entry([], 0.0, False, 0, 0)  # of a problem that has none yet
 
 
 def visit_rate(entry: Entry, prefix: Sequence[int] | None, correct: Sequence[bool],
@@ -94,20 +88,6 @@ def visit_rate(entry: Entry, prefix: Sequence[int] | None, correct: Sequence[boo
     return 1 - wrong
 
 
-def goes_on(wrong_pays: float, rng: np.random.Generator) -> bool:
-    """Is a wrong path continued? As seldom as that pays: always if half of such prefixes do. [RPO-9]
-    Else its visit starts from the bare prompt. A twentieth goes on, to notice when it begins to pay."""
-    return rng.random() < max(0.05, (2 * wrong_pays) ** 2)
-
-
-def least_right(entry: Entry, group_size: int) -> int:
-    """How many responses of a group must be right for its prefix to pay? Else it is not trained on. [RPO-9]
-    One, after what the policy follows of a correct path: it might have written that prefix itself. In a wrong
-    path, half: after a mistake the right answer takes another that makes up for it, which is rare. With less,
-    a weak policy learned such mistakes."""
-    return 1 if entry.correct else (group_size + 1) // 2
-
-
 def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -> int:
     """Which response of a group replaces the path (eq. 10). [RPO-4]
     With probability `epsilon` the one of highest reward, otherwise a uniformly random OTHER one."""
@@ -119,14 +99,12 @@ def choose(rewards: Sequence[float], epsilon: float, rng: np.random.Generator) -
 
 
 def update(entry: Entry, responses: Sequence[list[int]], rewards: Sequence[float], correct: Sequence[bool],
-           step: int, rng: np.random.Generator, epsilon: float, keep_correct: bool, whole: bool) -> Entry:
-    """The entry after a group of its problem. keep_correct: only correct responses replace a correct path.
-    whole: they are from the bare prompt."""
+           step: int, rng: np.random.Generator, epsilon: float, gate: bool, whole: bool) -> Entry:
+    """The entry after a group of its problem. gate: a correct response is cached if there is one; else the
+    path is given up, for a wrong one is not continued. whole: they are from the bare prompt."""
     entry = replace(entry, shortest=min(map(len, responses)),
                     failed=0 if any(correct) else entry.failed + whole * len(responses))
-    allowed = [i for i, ok in enumerate(correct) if ok or not (keep_correct and entry.correct)]
-    if not allowed:
-        return entry
+    allowed = [i for i, ok in enumerate(correct) if ok or not (gate and any(correct))]
     pick = allowed[choose([rewards[i] for i in allowed], epsilon, rng)]
     return replace(entry, response_ids=responses[pick], reward=rewards[pick], correct=correct[pick],
                    step=step)

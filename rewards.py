@@ -25,7 +25,6 @@ class Group:
     correct: list[bool]
     rewards: list[float]  # what the advantages are made of
     parts: dict[str, list[float]] = field(default_factory=dict)  # of the rewards, besides correctness
-    pays: bool = True  # is it right often enough for its prefix to be sound? Else it is not trained on
 
     @property
     def context(self) -> list[int]:

@@ -942,20 +942,6 @@ def test_the_chance_that_a_group_from_the_bare_prompt_fails():
         assert path.failed == failed
 
 
-def test_a_wrong_path_is_cut_before_its_least_likely_token():
-    path, logprobs = cache.Entry([3, 1, 4, 1, 5], 0.0, False, 5, 0), np.log([0.9, 0.5, 0.99, 0.2, 0.7])
-    assert cache.cut_wrong(path, logprobs) == [3, 1, 4]
-    assert cache.cut_wrong(path, logprobs[::-1]) == [3]
-    assert cache.cut_wrong(path, np.log([0.1, 0.9, 0.9, 0.9, 0.9])) == []  # a group from the bare prompt
-
-
-@pytest.mark.parametrize("size, half", [(8, 4), (2, 1), (3, 2)])
-def test_how_many_of_a_group_must_be_right(size, half):
-    """3 of 8 were enough once, and a weak policy learned mistakes that cancel."""
-    assert cache.least_right(entry(3, 3), size) == 1
-    assert cache.least_right(replace(entry(3, 3), correct=False), size) == half
-
-
 def test_cache_update_is_epsilon_greedy_and_reaches_every_other_response():
     rng = np.random.default_rng(0)
     rewards_of_group, epsilon, draws = [0.2, 0.9, 0.1, 0.9, 0.0], 0.3, 10_000
@@ -972,22 +958,20 @@ def test_max_cut_is_tokens_or_a_fraction():
     assert isinstance(cache.parse_max_cut("1"), int) and isinstance(cache.parse_max_cut("1.0"), float)
 
 
-@pytest.mark.parametrize("keep, old, correct, allowed", [
-    (False, True, [0, 0, 1], {0, 1, 2}), (True, True, [0, 0, 1], {2}), (True, True, [1, 0, 1], {0, 2}),
-    (True, True, [0, 0, 0], {None}), (True, False, [0, 0, 1], {0, 1, 2}),
-    (False, True, [0, 0, 0], {0, 1, 2})])
-def test_a_correct_path_gives_way_to_correct_ones_only(keep, old, correct, allowed):
+@pytest.mark.parametrize("gate, old, correct, allowed", [
+    (False, True, [0, 0, 1], {0, 1, 2}), (True, True, [0, 0, 1], {2}), (True, False, [1, 0, 1], {0, 2}),
+    (True, True, [0, 0, 0], {0, 1, 2}), (False, True, [0, 0, 0], {0, 1, 2})])
+def test_a_correct_response_is_cached_if_there_is_one(gate, old, correct, allowed):
     before = cache.Entry([9, 9], 1.0, old, 2, 3)
     responses = [[0] * 7, [1] * 6, [2] * 8]
     seen = set()
     for seed in range(60):
         after = cache.update(before, responses, [0.1, 0.2, 0.9], list(map(bool, correct)), 8,
-                             np.random.default_rng(seed), 0.5, keep, False)
-        pick = None if after.response_ids == [9, 9] else after.response_ids[0]
+                             np.random.default_rng(seed), 0.5, gate, False)
+        pick = after.response_ids[0]
         seen.add(pick)
-        assert after.shortest == 6
-        assert (after.step, after.correct) == ((3, old) if pick is None else (8, correct[pick] > 0))
-        assert after.reward == (1.0 if pick is None else [0.1, 0.2, 0.9][pick])
+        assert (after.shortest, after.step, after.correct) == (6, 8, correct[pick] > 0)
+        assert after.reward == [0.1, 0.2, 0.9][pick]
     assert seen == allowed and before.shortest == 2
 
 
@@ -1831,15 +1815,14 @@ class Sure:
 
 
 def cut_lengths(step: int, *options: str, branches: tuple[int, ...] = (150, 90, 150, 90),
-                correct: bool = True, wrong_pays: float = 0.5, failed: int = 0) -> list[int | None]:
+                correct: bool = True, failed: int = 0) -> list[int | None]:
     """Tokens cut off each path, None where it is skipped. branches: the place of BRANCH from the end; 0:
     there is no path."""
     config = train.parse_config([*QUICK, "--max-cut", "100", *options])
     problems = [data.Problem(f"{i:x}", "?", "1") for i in range(len(branches))]
     paths = {p.id: cache.Entry([1] * (200 - n) + [BRANCH] + [1] * (n - 1), 1.0, correct, 200, 0) if n else
              replace(cache.NO_PATH, failed=failed) for p, n in zip(problems, branches)}
-    prefixes, read = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure(),
-                                     wrong_pays)
+    prefixes, read = train.cut_paths(config, step, problems, paths, {p.id: [2, 3] for p in problems}, Sure())
     assert read in [200 * n for n in range(sum(map(bool, branches)) + 1)]
     for p, prefix in zip(problems, prefixes):
         assert prefix is None or prefix == paths[p.id].response_ids[:len(prefix)]
@@ -1867,34 +1850,16 @@ def test_certain_problems_are_skipped():
     assert cut_lengths(4, "--max-cut", "0.8") == [150, 90, 150, 90]  # of the shortest response
 
 
-def test_wrong_paths_and_prefixes_that_did_not_pay():
-    """Continuing wrong paths anywhere made a mostly wrong policy worse: 17 % -> 9 % on chain sums."""
-    assert cut_lengths(4, correct=False) == [150, 90, 150, 90]  # before BRANCH, though L is 100
-    for paid, share in ((0.5, 1.0), (0.25, 0.25), (0.0, 0.05)):  # (2 x)^2 of them go on, a twentieth at least
-        cuts = [n for step in range(250) for n in cut_lengths(step, correct=False, wrong_pays=paid)]
-        assert near(sum(n not in (None, 200) for n in cuts), 1000, share)
-    assert cut_lengths(4, branches=(0, 90, 0, 0)) == [200, 90, 200, 200]  # from the bare prompt
-    cuts = [n for step in range(400) for n in cut_lengths(step, branches=(0, 0, 90), correct=False, failed=6)]
-    assert set(cuts) == {None, 90, 200} and near(cuts.count(None), 800, (7 / 8) ** 4)  # it would fail again
+def test_wrong_paths_are_not_continued():
+    """Continuing them made a mostly wrong policy worse: 17 % -> 9 % on chain sums."""
+    for branches in ((90, 150, 90), (0, 0, 0)):  # wrong paths; none
+        cuts = [n for step in range(400) for n in cut_lengths(step, branches=branches, correct=False, failed=6)]
+        assert set(cuts) == {None, 200}  # from the bare prompt, unless it would fail again
+        assert near(cuts.count(None), 1200, (1 / 2 if branches[0] else 7 / 8) ** 4)
+    assert cut_lengths(4, branches=(0, 90, 0))[1] == 90  # a correct one
     assert None not in cut_lengths(4, "--no-skip-certain", branches=(0, 0), failed=99)
     assert [cut_lengths(step, "--no-prefix-gate", correct=False) for step in range(9)] == [
         cut_lengths(step) for step in range(9)]  # as if they were right
-    visits = [(data.Problem("a", "?", "7"), [1, 2], [5] * 60), (data.Problem("b", "?", "7"), [1, 2], [])]
-    checker = SimpleNamespace()
-    rule = rewards.RewardRule(checker, 100, 0.0, 0.0)
-    requests = train.requests_of(visits, 8, 100, (0,))
-    rows = [[rollout.Suffix([6] * 40, [-1.0] * 40, True)] * 8] * 2
-    words = SimpleNamespace(batch_decode=lambda rows, **options: [""] * len(rows))
-    for right, pays in ((3, False), (4, True)):
-        checker.check = lambda pairs: [i % 8 < right for i in range(len(pairs))]
-        groups = train.make_groups(visits, requests, rows, words, rule, [4, 0])
-        assert [g.pays for g in groups] == [pays, True]
-
-
-def test_a_running_mean():
-    assert train.follow(0.5, [], 20) == 0.5
-    assert train.follow(0.5, [True] * 20, 20) == pytest.approx(0.75)  # 20 old ones at 0.5 and 20 new ones
-    assert train.follow(0.2, [False, True], 8) == pytest.approx((8 * 0.2 + 1) / 10)
 
 
 def solved(path: Path, count: int) -> tuple[list[str], list[dict]]:
@@ -1949,33 +1914,20 @@ def test_first_paths_from_worked_solutions(tmp_path, capsys):
     assert "--cache-init" in message and not (tmp_path / "no").exists()
 
 
-def test_a_path_whose_prefix_does_not_pay_is_given_up(tmp_path):
-    """No response is right, so no prefix pays; without the rule the best wrong response is kept."""
-    problems = [{**p, "answer": "1/31337", "solution": f"So it is \\boxed{{{i}}}, I think, or so it seems"}
-                for i, p in enumerate(lines_of(TINY / "train.jsonl")[:60])]
-    options = ["--data", write(tmp_path / "p.jsonl", *problems), "--cache-init", "solutions", "--steps", "1",
-               "--dynamic-rounds", "1", "--max-response", "60", "--problems-per-step", "60", "--group-size",
-               "2", "--cache-init-chunk", "60"]
-    for name, rule in (("on", "--prefix-gate"), ("off", "--no-prefix-gate")):
-        (metrics,) = run_with(tmp_path / name, *options, rule)
-        paths = [bool(r["response_ids"]) for r in lines_of(tmp_path / name / "cache.jsonl")[1:]]
-        assert sum(paths) == (60 if name == "off" else metrics["visits/whole"])  # cut before their first token
-        if name == "on":  # half of the others (n = 0 in Laplace's rule) get a fresh path at their next visit
-            count = metrics["visits/prefix"]
-            assert abs(paths.count(False) - count / 2) < 1.5 * math.sqrt(count) < count / 2
-
-
-@pytest.mark.parametrize("right, pays", [(True, 1), (False, 0)])
-def test_one_right_suffix_is_enough_after_a_correct_path(tmp_path, monkeypatch, right, pays):
-    """Half was asked for, too, and the hardest tokens of correct paths were not learned."""
+@pytest.mark.parametrize("some", [True, False])
+def test_one_right_suffix_is_enough(tmp_path, monkeypatch, some):
+    """Half was asked for, and the hardest tokens of correct paths were not learned. Without any the path is
+    given up: a wrong response, which is not continued, takes its place."""
     options, _ = solved(tmp_path / "p.jsonl", 8)
     monkeypatch.setattr(rewards, "grade", lambda responses, checker: [
-        right if text == problem.solution else i % 4 == 0 for i, (problem, text) in enumerate(responses)])
+        text == problem.solution or some and i % 4 == 0 for i, (problem, text) in enumerate(responses)])
     (metrics,) = run_with(tmp_path / "run", *options, "--steps", "1", "--dynamic-rounds", "1",
                           "--max-response", "60", "--problems-per-step", "8", "--group-size", "4",
-                          "--max-cut", "1.0", "--cut-position", "uniform", "--no-skip-certain")
-    assert metrics["visits/prefix"] > 0 and metrics["group/paying_fraction"] == pays
-    assert metrics["group/trained"] == metrics["visits/whole"] + pays * metrics["visits/prefix"]
+                          "--max-cut", "1.0", "--cut-position", "uniform", "--no-skip-certain",
+                          "--overlong-penalty", "0")
+    assert metrics["visits/prefix"] > 0 and metrics["group/paying_fraction"] == some
+    assert metrics["group/trained"] == some * metrics["group/sampled"]
+    assert [r["correct"] for r in lines_of(tmp_path / "run" / "cache.jsonl")[1:]] == [some] * 8
 
 
 def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path):
@@ -1983,7 +1935,7 @@ def test_paths_found_by_whole_responses_are_continued_in_the_next_step(tmp_path)
     def group(name: str, prefix: list[int], *right: bool) -> rewards.Group:
         problem = data.Problem(name, "?", "1")
         return rewards.Group(problem, [1], prefix, 9, [[2]] * 2, [[-1.0]] * 2, [True] * 2, list(right),
-                             [0.0, 0.0], {}, True)
+                             [0.0, 0.0])
     groups = [group("a", [], True, False), group("b", [], True, True), group("c", [], False, False),
               group("d", [5], True, False), group("e", [], False, True)]
     config = train.parse_config([*QUICK, "--problems-per-step", "4"])
@@ -2043,10 +1995,10 @@ def test_a_weak_policy_is_trained_as_by_full_paths(tmp_path, monkeypatch):
         same = [name for name in theirs if not name.startswith((*TIMINGS, "cache/entries"))]
         assert [ours[name] for name in same] == [theirs[name] for name in same] and "reward/mean" in same
     monkeypatch.setattr(cache, "GOOD", 0.2)  # of the 24 visits of the first step, four can be right
-    first, second = run_with(tmp_path / "weak", *options)
+    first, second = run_with(tmp_path / "weak", *options, "--no-skip-certain")
     assert first["visits/whole"] == 24 and second["visits/prefix"] == 0
     monkeypatch.setattr(cache, "GOOD", 0.02)
-    first, second = run_with(tmp_path / "good", *options)
+    first, second = run_with(tmp_path / "good", *options, "--no-skip-certain")
     assert first["visits/whole"] == 24 and first["cache/pass_rate"] < 0.2 and second["visits/prefix"] > 0
     monkeypatch.undo()
     config = train.parse_config(QUICK)
@@ -2327,6 +2279,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, mon
             train.save_checkpoint(config, out, task, policy, optimizer, replace(state, step=2))
         assert "step 2: the checkpoint could not be written" in capsys.readouterr().out
         assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+    assert train.load_state(out / "checkpoint-000001", task) == state
+    record = json.loads((out / "checkpoint-000001" / "state.json").read_text())  # and of older code:
+    (out / "checkpoint-000001" / "state.json").write_text(json.dumps(record | {"wrong_pays": 0.5}))
     assert train.load_state(out / "checkpoint-000001", task) == state
     train.save_checkpoint(config, out, task, policy, optimizer, replace(state, step=2))
     assert [f.name for f in out.glob("checkpoint*")] == ["checkpoint-000002"]

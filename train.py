@@ -15,7 +15,7 @@ An argument @FILE is replaced by the options in that file; later options win."""
 # [RPO-6] the cut is where the policy would leave the path                 cache.py:branch_cuts
 # [RPO-7] visits that would repeat the path, or fail again, are skipped    cache.py:fail_probability
 # [RPO-8] problems get their first path ahead of their first visit         train.py:first_paths
-# [RPO-9] none of a weak policy; it must pay, else its path is given up    cache.py:GOOD, least_right
+# [RPO-9] only correct paths are continued, and none of a weak policy      cache.py:GOOD, train.py:cut_paths
 # [RPO-10] a path found by whole responses is continued at once             train.py:found
 # [RPO-11] a step of few groups and short suffixes counts less             rpo.py:step_weight
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Config:
     skip_certain: bool = option(True, "skip a visit as often as the policy would follow its path, or fail "
                                       "again; without, tiny needs 2.5 times the tokens")
     epsilon: float = option(1.0, "chance that the BEST response is cached, not another; 0.5 ends alike")
-    prefix_gate: bool = option(True, "train on a prefix only if one of its group is right (of a wrong path: "
-                                     "half), else give it up; off, as in the paper, a weak policy gets worse")
+    prefix_gate: bool = option(True, "continue only correct paths, and none of a weak policy; off, as in the "
+                                     "paper, a weak policy gets worse")
     cache_init: str = option("policy", "first paths: sampled, or worked solutions", ("policy", "solutions"))
     cache_init_chunk: int = option(512, "first paths sampled at once, which fills a GPU; 0: all at the start")
     temperature: float = option(1.0, "of sampling and log-probs; 1: the policy itself", 0.01)
@@ -151,7 +151,6 @@ class State:
     step: int = 0
     visits: int = 0  # of problems so far, skipped ones included
     pass_rate: float = 0.0  # from bare prompts, as visits show it: a running mean
-    wrong_pays: float = 0.5  # share of prefixes of wrong paths that paid, likewise
     again: list[str] = field(default_factory=list)  # problems whose whole responses were partly right
     kinds: dict[str, list[int]] = field(default_factory=dict)  # of visits: [how many, tokens generated]
     paths: Paths = field(default_factory=dict)
@@ -220,7 +219,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
                 paths = {p.id: state.paths[p.id] for p in problems}
-                prefixes, read = cut_paths(c, step, problems, paths, task.prompts, policy, state.wrong_pays)
+                prefixes, read = cut_paths(c, step, problems, paths, task.prompts, policy)
                 tokens_read += read
                 state.tokens_full_path += c.group_size * sum(
                     len(paths[p.id].response_ids) for p, prefix in zip(problems, prefixes) if prefix is None)
@@ -229,14 +228,12 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
             requests = requests_of(visits, c.group_size, c.max_response, (c.seed, step, SAMPLE))
             suffixes = rollout.generate(policy, requests, how, memory, "rollout")
             # 4. rewards of the whole responses
-            least = [cache.least_right(state.paths[p.id], c.group_size) if prefix and c.prefix_gate else 0
-                     for p, _, prefix in visits]
-            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, least)
+            groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
             state.visits, seen, again = visited.stop, seen | {p.id for p in problems}, []
             state.tokens_full_path += sum(len(r) for g in groups for r in g.responses)
             sampled += groups
             # dynamic sampling: only groups with right and wrong responses (DAPO, arXiv 2503.14476, eq. 11)
-            trained += [g for g in groups if g.pays and len(set(g.correct if dynamic else g.rewards)) > 1]
+            trained += [g for g in groups if len(set(g.correct if dynamic else g.rewards)) > 1]
             del trained[c.problems_per_step:]
             if len(trained) == c.problems_per_step or len(seen) == len(task.problems):
                 break
@@ -259,14 +256,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
             path = cut.get(g.problem.id, cache.NO_PATH)
             rng = np.random.default_rng((c.seed, step, UPDATE, i))
-            if g.pays:
-                state.paths[g.problem.id] = cache.update(
-                    path, g.responses, g.rewards, g.correct, step, rng, c.epsilon,
-                    keep_correct=c.prefix_gate and bool(g.prefix), whole=not g.prefix)
-            elif rng.random() < cache.fail_probability(path, 1):  # the path is given up, its problem gets
-                state.paths[g.problem.id] = cache.NO_PATH  # a group from the bare prompt
-            else:  # or a fresh path, which costs less where it is right
-                del state.paths[g.problem.id]
+            state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng, c.epsilon,
+                                                     c.prefix_gate, whole=not g.prefix)
         skipped = [cut[i] for i in seen - {g.problem.id for g in sampled}]
         state = count_visits(c, state, sampled, skipped, first, cut)
         if continues(c, state) != continues(c, before):
@@ -348,32 +339,27 @@ def first_paths(c: Config, step: int, problems: Sequence[Problem], task: Task, p
     visits = [(p, task.prompts[p.id], []) for p in problems if p.id not in paths]
     requests = requests_of(visits, 1, c.max_response, (c.seed, step, INIT))
     suffixes = rollout.generate(policy, requests, how, memory, "first paths")
-    groups = make_groups(visits, requests, suffixes, task.tokenizer, rule, [0] * len(visits))
+    groups = make_groups(visits, requests, suffixes, task.tokenizer, rule)
     return paths, {g.problem.id: cache.Entry(g.suffixes[0], g.rewards[0], g.correct[0], len(g.suffixes[0]),
                                              step) for g in groups}
 
 
 def cut_paths(c: Config, step: int, problems: Sequence[Problem], paths: Paths, prompts: dict[str, list[int]],
-              policy: Policy, wrong_pays: float) -> tuple[list[list[int] | None], int]:
+              policy: Policy) -> tuple[list[list[int] | None], int]:
     """The kept prefix of each problem's path, None where the visit is skipped, [] to start from the prompt;
-    and how many tokens of paths the policy has read for it.
-    wrong_pays: the share of wrong paths' prefixes that paid."""
-    rngs = [np.random.default_rng((c.seed, step, CUT, int(problem.id, 16))) for problem in problems]
-    wrong = [c.prefix_gate and not paths[p.id].correct for p in problems]
+    and how many tokens of paths the policy has read for it."""
+    sound = [paths[p.id].correct or not c.prefix_gate for p in problems]
     informed = c.skip_certain or c.cut_position == "uncertain"
-    read = [i for i, p in enumerate(problems) if (
-        paths[p.id].response_ids and cache.goes_on(wrong_pays, rngs[i]) if wrong[i] else informed)]
+    read = [i for i, ok in enumerate(sound) if ok and informed]
     trees = [Tree(prompts[problems[i].id], [paths[problems[i].id].response_ids]) for i in read]
     scores = rpo.score(policy, trees, c.temperature, c.tokens_per_forward)
     logprobs = {i: np.array(rows[0]) for i, rows in zip(read, scores)}
     chances = cache.uniform_cuts if c.cut_position == "uniform" else cache.branch_cuts
     max_cut, prefixes = cache.parse_max_cut(c.max_cut), []
-    for i, (problem, rng) in enumerate(zip(problems, rngs)):
-        path = paths[problem.id]
-        if wrong[i]:
-            prefix = cache.cut_wrong(path, logprobs[i]) if i in logprobs else []
-            skip = 0.0 if i in logprobs else cache.fail_probability(path, c.group_size)
-        else:
+    for i, problem in enumerate(problems):
+        path, rng = paths[problem.id], np.random.default_rng((c.seed, step, CUT, int(problem.id, 16)))
+        prefix, skip = [], cache.fail_probability(path, c.group_size)
+        if sound[i]:
             known = logprobs.get(i, np.full(len(path.response_ids), -1.0))  # if not: it does not matter
             cuts = chances(known, cache.longest_cut(path, max_cut))
             prefix, skip = cache.cut(path, cuts, rng), 1 - cuts.sum()
@@ -391,9 +377,8 @@ def requests_of(visits: Sequence[Visit], rows: int, longest: int,
 
 def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
                 suffixes: Sequence[Sequence[rollout.Suffix]], tokenizer: PreTrainedTokenizerBase,
-                rule: rewards.RewardRule, least: Sequence[int]) -> list[Group]:
-    """The visits with their suffixes, graded and rewarded as whole responses, each on one rank.
-    least: how many of each group must be right for its prefix to pay."""
+                rule: rewards.RewardRule) -> list[Group]:
+    """The visits with their suffixes, graded and rewarded as whole responses, each on one rank."""
     groups, mine = {}, share([sum(len(s.ids) for s in row) for row in suffixes])
     with agreed(rewards.RewardFileError):
         texts = {i: tokenizer.batch_decode([visits[i][2] + s.ids for s in suffixes[i]],
@@ -405,8 +390,7 @@ def make_groups(visits: Sequence[Visit], requests: Sequence[rollout.Request],
             correct, lengths = [next(verdicts) for _ in row], [len(prefix) + len(s.ids) for s in row]
             paid, parts = rewards.reward(problem, texts[i], lengths, correct, rule)
             groups[i] = Group(problem, prompt, prefix, requests[i].budget, [s.ids for s in row],
-                              [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts,
-                              sum(correct) >= least[i])
+                              [s.logprobs for s in row], [s.finished for s in row], correct, paid, parts)
     groups = gather(groups)
     return [groups[i] for i in range(len(visits))]
 
@@ -453,8 +437,7 @@ WARNINGS = [  # (metric, is it bad?, what it means)
     ("policy/entropy", lambda x: x < 0.005, "the policy hardly varies any more"),
     ("response/finished_fraction", lambda x: x < 0.1, "nearly all responses run into --max-response"),
     ("group/zero_std_fraction", lambda x: x > 0.98, "almost no group has both right and wrong responses"),
-    ("group/paying_fraction", lambda x: x < 0.3, "most prefixes do not pay, so little is saved: see "
-                                                 "--cache-init solutions"),
+    ("group/paying_fraction", lambda x: x < 0.3, "after most prefixes no response is right"),
     ("group/missing", lambda x: x > 0, "dynamic sampling (--dynamic-rounds) does not fill all steps")]
 
 
@@ -463,7 +446,6 @@ def group_metrics(state: State, first: list[cache.Entry], sampled: list[Group], 
     """A metric is one line here and one in docs/metrics.md; the mean of nothing is left out.
     first: paths sampled in the step. tried: its visits. cut: the cache before it."""
     prefixed, whole = ([g for g in sampled if bool(g.prefix) == x] for x in (True, False))
-    kept = [path for path in state.paths.values() if path.response_ids]
     means = {
         "reward/mean": [r for g in sampled for r in g.rewards],
         **{f"reward/{name}": [x for g in sampled for x in g.parts[name]]
@@ -472,18 +454,19 @@ def group_metrics(state: State, first: list[cache.Entry], sampled: list[Group], 
         "reward/accuracy_prefix": [ok for g in prefixed for ok in g.correct],  # do prefixes help?
         "reward/accuracy_whole": [ok for g in whole for ok in g.correct],
         "group/zero_std_fraction": [len(set(g.correct)) == 1 for g in sampled],
-        "group/paying_fraction": [g.pays for g in prefixed],
-        "group/wrong_prefix_fraction": [not cut[g.problem.id].correct for g in prefixed if g.pays],
+        "group/paying_fraction": [any(g.correct) for g in prefixed],
+        "group/wrong_prefix_fraction": [not cut[g.problem.id].correct for g in prefixed],
         "response/length": [len(r) for g in sampled for r in g.responses],
         "response/cut_length": [len(cut[g.problem.id].response_ids) - len(g.prefix) if g.prefix else 0
                                 for g in sampled],
         "response/prefix_length": [len(g.prefix) for g in sampled],
         "response/suffix_length": [len(s) for g in sampled for s in g.suffixes],
         "response/finished_fraction": [x for g in sampled for x in g.finished],
-        "cache/reward": [path.reward for path in kept], "cache/correct": [path.correct for path in kept]}
+        "cache/reward": [path.reward for path in state.paths.values()],
+        "cache/correct": [path.correct for path in state.paths.values()]}
     return {"group/sampled": len(sampled), "group/trained": len(trained), "visits/first_path": len(first),
             "visits/whole": len(whole), "visits/prefix": len(prefixed),
-            "visits/skipped": tried - len(sampled), "cache/entries": len(kept),
+            "visits/skipped": tried - len(sampled), "cache/entries": len(state.paths),
             "cache/pass_rate": state.pass_rate,
             **{name: float(np.mean(values)) for name, values in means.items() if values}}
 
@@ -494,11 +477,6 @@ def found(c: Config, state: State, groups: Sequence[Group]) -> list[str]:
     They are half of a step at most."""
     both = [g.problem.id for g in groups if not g.prefix and len(set(g.correct)) > 1]
     return both[:c.problems_per_step // 2] if c.prefix_gate and continues(c, state) else []
-
-
-def follow(share: float, seen: Sequence[float], memory: int) -> float:
-    """A running mean over about the last `memory` of what was seen."""
-    return share + (sum(seen) - len(seen) * share) / (len(seen) + memory)
 
 
 def count_visits(c: Config, state: State, groups: list[Group], skipped: list[cache.Entry],
@@ -514,9 +492,9 @@ def count_visits(c: Config, state: State, groups: list[Group], skipped: list[cac
     visits = [(path, None, []) for path in skipped] + [
         (paths.get(g.problem.id, cache.NO_PATH), g.prefix, g.correct) for g in groups]
     rates = [cache.visit_rate(*visit, cache.parse_max_cut(c.max_cut)) for visit in visits]
-    paid = [g.pays for g in groups if g.prefix and not cut[g.problem.id].correct]
-    return replace(state, kinds=kinds, wrong_pays=follow(state.wrong_pays, paid, 20),
-                   pass_rate=follow(state.pass_rate, rates, max(0, min(64, state.visits - len(rates)))))
+    memory = max(0, min(64, state.visits - len(rates)))  # visits
+    rate = (memory * state.pass_rate + sum(rates)) / (memory + len(rates))
+    return replace(state, kinds=kinds, pass_rate=rate)
 
 
 def cost_metrics(state: State, before: State, clock: list[float], device: torch.device) -> dict[str, float]:
@@ -604,7 +582,8 @@ def load_state(checkpoint: Path, task: Task) -> State:
                          "give the same file, and --eval-every 0 only if it was 0 (else some are held out)")
     paths = cache.load(checkpoint / "cache.jsonl", cache.fingerprint(tokenizer.get_vocab()),
                        {p.id for p in task.problems}, len(tokenizer), tqdm.write)
-    return State(**record | {"paths": paths})
+    known = {item.name for item in dataclasses.fields(State)}  # a run of older code may have more
+    return State(**{name: value for name, value in record.items() if name in known} | {"paths": paths})
 
 
 def write_json(path: Path, value: object) -> None:
