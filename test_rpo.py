@@ -1853,7 +1853,8 @@ def test_certain_problems_are_skipped():
 def test_wrong_paths_are_not_continued():
     """Continuing them made a mostly wrong policy worse: 17 % -> 9 % on chain sums."""
     for branches in ((90, 150, 90), (0, 0, 0)):  # wrong paths; none
-        cuts = [n for step in range(400) for n in cut_lengths(step, branches=branches, correct=False, failed=6)]
+        cuts = [n for step in range(400)
+                for n in cut_lengths(step, branches=branches, correct=False, failed=6)]
         assert set(cuts) == {None, 200}  # from the bare prompt, unless it would fail again
         assert near(cuts.count(None), 1200, (1 / 2 if branches[0] else 7 / 8) ** 4)
     assert cut_lengths(4, branches=(0, 90, 0))[1] == 90  # a correct one

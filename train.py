@@ -256,8 +256,8 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
         for i, g in enumerate(sampled if c.rollout == "rpo" else ()):
             path = cut.get(g.problem.id, cache.NO_PATH)
             rng = np.random.default_rng((c.seed, step, UPDATE, i))
-            state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng, c.epsilon,
-                                                     c.prefix_gate, whole=not g.prefix)
+            state.paths[g.problem.id] = cache.update(path, g.responses, g.rewards, g.correct, step, rng,
+                                                     c.epsilon, c.prefix_gate, whole=not g.prefix)
         skipped = [cut[i] for i in seen - {g.problem.id for g in sampled}]
         state = count_visits(c, state, sampled, skipped, first, cut)
         if continues(c, state) != continues(c, before):
