@@ -213,8 +213,7 @@ def train(c: Config, out: Path, task: Task, policy: Policy, ref_policy: Policy |
                 # 1. paths: problems that have none get one, a chunk of visits ahead
                 while any(p.id not in state.paths for p in problems):
                     chunk = problems_ahead(c, task.problems, problems, state.visits, state.paths)
-                    early = task if state.visits < len(task.problems) else task._replace(solutions={})
-                    given, fresh = first_paths(c, step, chunk, early, policy, how, rule, memory)
+                    given, fresh = first_paths(c, step, chunk, task, policy, how, rule, memory)
                     state.paths |= given | fresh
                     first += fresh.values()
                 # 2. cuts: a prefix of each path, None where the visit is skipped
