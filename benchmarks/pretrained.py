@@ -5,7 +5,8 @@
 The model first learns from a few hundred worked sums how to write one down (320: it is mostly wrong; 960:
 right more often than not). From this policy every run of WAYS goes on, two at a time and on one core each,
 until it has trained for --minutes. Runs are in --folder; a killed call goes on with the same command. Takes
-90 minutes on two cores and up to 70 GB of disk. Writes docs/pretrained.md.
+90 minutes on two cores and up to 70 GB of disk; on a GPU, which is used if there is one, five minutes do.
+Writes docs/pretrained.md.
 """
 import argparse
 import json
@@ -23,13 +24,12 @@ from transformers import AutoTokenizer
 
 import data
 from eval import interval
-from policy import Tree, load_policy, pack
+from policy import Tree, device_of, load_policy, pack
 
 TERMS, TRAIN, TEST = 12, 256, 512
-VISITED = 64  # of TRAIN: each is visited several times within the hour, as in the paper
 EXAMPLES, EXAMPLES_PER_STEP, COLD_LR = 320, 8, 1e-4  # of the cold start
 COMMON = ["--max-response", 160, "--instruction-role", "user", "--instruction", ""]
-TRAINING = ["--max-prompt", 96, "--problems", VISITED, "--problems-per-step", 8, "--group-size", 8,
+TRAINING = ["--max-prompt", 96, "--problems-per-step", 8, "--group-size", 8,
             "--length-reward", 0, "--overlong-penalty", 0, "--lr", 2e-5, "--weight-decay", 0,
             "--warmup-steps", 3, "--steps", 100000, "--eval-every", 0, "--save-every", 4,
             "--keep-checkpoints", 20, "--cache-init-chunk", 64, "--no-gradient-checkpointing",
@@ -69,15 +69,16 @@ def cold_start(model: Path, folder: Path) -> Path:
     out = folder / "start"
     if (out / "tokenizer.json").exists():  # written last
         return out
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    policy = load_policy(model, len(tokenizer), torch.device("cpu"))
+    tokenizer, device = AutoTokenizer.from_pretrained(model), device_of("auto")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = load_policy(model, len(tokenizer), device, dtype)
     problems = data.load_problems(str(folder / "examples.jsonl"), "--data")
     paths = data.encode_solutions(problems, tokenizer, 160, "--paths", "")
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0)
     for step, first in enumerate(range(0, len(problems), EXAMPLES_PER_STEP), 1):
         optimizer.param_groups[0]["lr"] = COLD_LR * min(1, step / 5)
         batch = pack([Tree(data.encode_prompt(tokenizer, p, data.PromptStyle("", "user")), [paths[p.id]])
-                      for p in problems[first:first + EXAMPLES_PER_STEP]])
+                      for p in problems[first:first + EXAMPLES_PER_STEP]], device)
         logprobs, _ = policy(batch)
         loss = -logprobs.sum() / batch.mask.sum()
         loss.backward()
@@ -114,11 +115,12 @@ def is_sound(response: str) -> bool:
     return all(int(a) + int(sign + b) == int(c) for a, sign, b, c in sums)
 
 
-def run(model: Path, folder: Path, way: str, minutes: float, seed: int) -> list[tuple[dict, dict]]:
+def run(model: Path, folder: Path, way: str, args: argparse.Namespace) -> list[tuple[dict, dict]]:
     """Train on one core for so long; (figures, metrics) of the checkpoints nearest to POINTS."""
+    minutes, seed = args.minutes, args.seed
     out = run_folder(way, seed, folder)
     train_until(out, 60 * minutes, "--model", model, "--data", folder / "train.jsonl", *COMMON, *TRAINING,
-                *WAYS[way], "--seed", seed)
+                *WAYS[way], "--problems", args.problems, "--seed", seed)
     points = []
     for policy, metrics in checkpoints_at(out, [60 * minutes * x for x in POINTS]):
         figures = measure(policy, folder, f"{out.name}-{metrics['step']}")
@@ -149,10 +151,10 @@ def write(args: argparse.Namespace, before: dict,
     table = [head("policy", "pass@1", "right answers with a wrong sum in them",
                   "right paths in the cache with one", "mean length", "steps", "tokens generated", "minutes")]
     call = (f"python benchmarks/pretrained.py --minutes {args.minutes:g} --seed {args.seed} "
-            f"--examples {args.examples}")
+            f"--examples {args.examples} --problems {args.problems}")
     text = (f"# Chain sums with {Path(args.model).name}\n\nWritten by `{call}` ({machine()}, one core a run): "
-            f"sums of {TERMS} numbers, a cold start on {args.examples} worked ones, {VISITED} problems to train on, "
-            f"{TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
+            f"sums of {TERMS} numbers, a cold start on {args.examples} worked ones, "
+            f"{args.problems} problems to train on, {TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
             + "\n".join(table + lines) + "\n")
     write_page(DOCS / "pretrained.md", text)
     return text
@@ -164,9 +166,11 @@ def main() -> None:
     command.add_argument("--minutes", type=float, default=60)
     command.add_argument("--seed", type=int, default=0, help="of the runs; the cold start is the same")
     command.add_argument("--examples", type=int, default=EXAMPLES, help="worked sums of the cold start")
-    command.add_argument("--folder", type=Path, help="default: runs/pretrained-EXAMPLES")
+    command.add_argument("--problems", type=int, default=64, help=f"to train on, of {TRAIN}; 64 are visited "
+                                                                  "several times within the hour")
+    command.add_argument("--folder", type=Path, help="default: runs/pretrained-EXAMPLES-PROBLEMS")
     args = command.parse_args()
-    folder = (args.folder or ROOT / "runs" / f"pretrained-{args.examples}").absolute()
+    folder = (args.folder or ROOT / "runs" / f"pretrained-{args.examples}-{args.problems}").absolute()
     folder.mkdir(parents=True, exist_ok=True)
     write_problems(folder, args.examples)
     first = cold_start(data.find_model(args.model), folder)
@@ -174,7 +178,7 @@ def main() -> None:
     print(f"before: pass@1 {before['avg']:.3f}", flush=True)
 
     with ThreadPoolExecutor(2) as pool:
-        after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args.minutes, args.seed), WAYS)))
+        after = dict(zip(WAYS, pool.map(lambda way: run(first, folder, way, args), WAYS)))
     print(write(args, before, after))
 
 
