@@ -153,8 +153,8 @@ def write(args: argparse.Namespace, before: dict,
     call = (f"python benchmarks/pretrained.py --minutes {args.minutes:g} --seed {args.seed} "
             f"--examples {args.examples} --problems {args.problems}")
     text = (f"# Chain sums with {Path(args.model).name}\n\nWritten by `{call}` ({machine()}, one core a run): "
-            f"sums of {TERMS} numbers, a cold start on {args.examples} worked ones, "
-            f"{args.problems} problems to train on, {TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
+            f"sums of {TERMS} numbers, a cold start on {args.examples} worked ones, {args.problems} problems to "
+            f"train on, {TEST} held out; greedy pass@1 with 95 % intervals by bootstrap over the problems.\n\n"
             + "\n".join(table + lines) + "\n")
     write_page(DOCS / "pretrained.md", text)
     return text
