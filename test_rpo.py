@@ -2782,7 +2782,7 @@ def test_any_number_of_processes_trains_as_one_and_takes_over_from_any_other(tmp
     """A sharded run is stopped by a signal to one of its processes and goes on with 1 and with 4."""
     six, stop = six_steps(tmp_path), tmp_path / "stop"
     own = reward_file(tmp_path / "r.py", tmp_path / "2" / "stopped", f"""
-    if step == 3 and os.environ.get("RANK") == "1" and os.path.exists({str(stop)!r}):
+    if step in (3, 4) and os.environ.get("RANK") == "1" and os.path.exists({str(stop)!r}):
         os.remove({str(stop)!r})
         os.kill(os.getpid(), signal.SIGTERM)
     {RISING}""")
@@ -2866,9 +2866,9 @@ def test_an_evaluation_on_two_processes_gives_the_same_figures_and_goes_on(tmp_p
 
 
 @pytest.mark.slow  # the headline of the README: minutes
-def test_the_default_job_learns_and_generates_a_tenth_of_the_tokens(tmp_path):
+def test_the_default_job_learns_and_generates_a_sixth_of_the_tokens(tmp_path):
     out = tmp_path / "run"
     assert train.main([f"@{PRESET}", "--model", str(TINY), "--seed", "1", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["accuracy_after"] >= summary["accuracy_before"] + 0.25
-    assert summary["tokens_generated"] <= 0.1 * summary["tokens_full_path"]
+    assert summary["tokens_generated"] <= summary["tokens_full_path"] / 6
