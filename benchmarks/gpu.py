@@ -132,8 +132,9 @@ def by_vllm(sizes: dict, requests: list[rollout.Request], device: torch.device) 
 
 def main() -> None:
     command = parser(__doc__)
-    command.add_argument("--toy", action="store_true")
-    command.add_argument("--paper", action="store_true")
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--toy", action="store_true")
+    kind.add_argument("--paper", action="store_true")
     args = command.parse_args()
     sizes = TOY if args.toy else SIZES
     problems, group, prompt, path, mean, longest, tokens, decode_rows, steps = \
