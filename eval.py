@@ -33,7 +33,7 @@ import rollout
 from answers import Checker
 from cache import fingerprint
 from data import Problem
-from policy import Policy, agreed, device_of, gather, join_ranks, load_policy, ranks
+from policy import Policy, agreed, device_of, end, gather, join_ranks, load_policy, ranks
 
 # where a benchmark comes from, if not from --data-dir/NAME.jsonl
 BENCHMARKS = {"math500": "HuggingFaceH4/MATH-500:test.jsonl",
@@ -378,4 +378,4 @@ def run_one(args: argparse.Namespace, evaluator: Evaluator, problems: list[Probl
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

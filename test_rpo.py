@@ -2719,6 +2719,7 @@ sys.path.insert(0, {str(TINY.parent)!r})
 import train
 for name, options in {runs!r}.items():
     assert train.main([*options, "--out", {str(folder)!r} + "/" + name]) == 0
+train.end(0)
 """)
     process = torchrun(count, str(folder / "runs.py"))
     text = "".join(process.communicate())

@@ -56,7 +56,7 @@ import rpo
 from answers import Checker
 from data import DEFAULT_DATA, INSTRUCTION, Problem
 from eval import evaluate, fail
-from policy import (Policy, Tree, agreed, device_bytes, device_of, gather, join_ranks, load_policy,
+from policy import (Policy, Tree, agreed, device_bytes, device_of, end, gather, join_ranks, load_policy,
                     load_shape, ranks, share, whole_tensors)
 from rewards import Group
 
@@ -908,4 +908,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())
